@@ -1,0 +1,112 @@
+"""The idea: an adapter edits what a frozen layer says, y' = after(w, x, f(before(w, x))).
+
+Shapes, named by the last letters of a tensor: B rows, T tokens of this step, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from inlay.core.place import Place
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass tells an edit about the rows it is given."""
+
+    place: Place
+    """Where the edit hangs, with the frozen layer as a plain function: `call.place.f(x)`."""
+    training: bool = False
+    """Whether the model is in training mode: dropout is drawn only then."""
+    seen: int = 0
+    """Columns that the KV cache held before this step: 0 at prefill and without a cache."""
+    first_B: Tensor | None = None
+    """The column at which this adapter's own reserved columns begin, per row; None if nobody in the batch asks."""
+    side: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further inputs per row, given to `Host.use(..., side=...)`."""
+
+    def position_BT(self, tokens: int) -> Tensor:
+        """Place of each token relative to the adapter's first reserved column; negative on left padding."""
+        if self.first_B is None:
+            raise RuntimeError("this edit reads positions: set `positional = True` on its class")
+        return torch.arange(self.seen, self.seen + tokens, device=self.first_B.device) - self.first_B[:, None]
+
+    def take(self, rows: Tensor) -> Call:
+        """The same call as seen by a subset of the rows."""
+        return replace(
+            self,
+            first_B=None if self.first_B is None else self.first_B[rows],
+            side={k: v[rows] for k, v in self.side.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A method: its settings (the fields) and its mathematics. Write `weights` and one of `before`, `after`.
+
+    Laws, each tested over every method and decoder family:
+    rows are independent (`after(batch)[rows] == after(batch[rows])`); fresh weights change nothing, to the last bit
+    (virtual tokens excepted); shapes are kept; the same inputs give the same result.
+    """
+
+    kind: ClassVar[str] = ""
+    """The name that files carry. Unique."""
+    at: ClassVar[str] = "q,k,v,up,down"
+    """Default places, in the placement language (see `inlay.core.place`)."""
+    wirings: ClassVar[tuple[str, ...]] = ()
+    """The wirings the method knows (`input`, `output`, `parallel`), if it has a choice."""
+    positional: ClassVar[bool] = False
+    """True if `call.position_BT` is used."""
+    room_positions: ClassVar[str] = "count"
+    """Position ids of the reserved columns: `count` (0, 1, 2 ...) or `zero` (all 0: keys meet no rotation)."""
+
+    @property
+    def room(self) -> int:
+        """Columns that each row reserves on its left for virtual tokens."""
+        return 0
+
+    def shared(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Tensors made once per adapter and handed to every place beside its own."""
+        return {}
+
+    def weights(self, place: Place) -> dict[str, Tensor]:
+        """The place's own tensors at their start; a name that begins with `_` is a constant: saved, not trained."""
+        raise NotImplementedError
+
+    def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
+        """What the frozen layer is given instead of x (B, T, D_in)."""
+        return x
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        """What is passed on instead of y (B, T, D_out); x is what the layer was first given."""
+        return y
+
+    def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
+        """A term that the training loop adds to the loss, from the tensors of all places (place key -> tensors)."""
+        return None
+
+    def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
+        """Called by the training loop once the optimizer has stepped and while gradients are still there;
+        `state` is checkpointed with the run (empty at the first step)."""
+
+    def wiring_of(self, call_or_place: Call | Place) -> str:
+        """The wiring asked for at this place."""
+        place = call_or_place.place if isinstance(call_or_place, Call) else call_or_place
+        return place.wiring or self.default_wiring(place.role)
+
+    def default_wiring(self, role: str) -> str:
+        """The wiring where the placement names none."""
+        return self.wirings[0] if self.wirings else ""
+
+
+def phases(edit: Edit) -> tuple[bool, bool]:
+    """Whether the edit has a `before` and an `after` of its own."""
+    return type(edit).before is not Edit.before, type(edit).after is not Edit.after

@@ -1,0 +1,288 @@
+"""The engine: a frozen decoder wearing adapters, each row of a batch its own.
+
+What happens to a batch: `_begin` (top of the forward) turns the plan into a route and makes room for virtual tokens;
+each `Site` sends its rows through their edits; `_end` cuts the room off again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import replay, room
+from inlay.core.edit import Edit, Weights
+from inlay.core.errors import InlayError, unknown
+from inlay.core.place import Anatomy, locate
+from inlay.core.route import STRATEGIES, Route, Worn, read_plan, route, spread
+from inlay.core.site import Site, Wear
+
+
+class Host:
+    """Hangs adapters on a frozen decoder, without copying or rewriting any of it.
+
+    The plan is state of the host: one thread at a time.
+
+    Args:
+        model: a causal language model; its parameters are frozen while the host is attached.
+        anatomy: where its roles are (`inlay.models.anatomy(model)`).
+        strategy: how rows are sent (see `inlay.core.route`).
+        fast: compute adapters in the base's dtype instead of their own (less memory and time on bf16 bases, one more
+            rounding). Adapters are stored in float32 either way.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, strategy: str = "gather", fast: bool = False):
+        if strategy not in STRATEGIES:
+            raise unknown("strategy", strategy, STRATEGIES)
+        if isinstance(getattr(model, "_inlay_host", None), Host):
+            raise InlayError("this model already has a host; use inlay.host_of(model), or detach it first")
+        self.model, self.anatomy, self.strategy, self.fast = model, anatomy, strategy, fast
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.hidden: int = config.hidden_size
+        self.tied = bool(getattr(config, "tie_word_embeddings", False))
+        self.edits: dict[str, Edit] = {}
+        self.sites: dict[str, Site] = {}
+        self.common: dict[str, Wear] = {}
+        self.now = Route()
+        self.plan: tuple[Worn, ...] = ((),)
+        self.side: dict[str, Tensor] = {}
+        self._depth = 0
+        self._wide = 0
+        self._routes: dict[tuple, tuple[Route, room.Room | None]] = {}
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        self._checkpointed = replay.checkpointed(model)
+        heads = [model, *([inner] if (inner := getattr(model, "base_model", model)) is not model else [])]
+        self._hooks = [m.register_forward_pre_hook(self._begin, with_kwargs=True) for m in heads]
+        self._hooks += [m.register_forward_hook(self._end, with_kwargs=True, always_call=True) for m in heads]
+        object.__setattr__(model, "_inlay_host", self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's floating-point type."""
+        return getattr(self.model, "dtype", torch.float32)
+
+    # ---- hanging adapters --------------------------------------------------------------------------------------------
+    def add(
+        self, name: str, edit: Edit, at: str | Iterable[str] | None = None, seed: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Host:
+        """Hang a fresh adapter. It is worn only once `use` names it.
+
+        Args:
+            name: letters, digits, `_` and `-`.
+            edit: the method and its settings.
+            at: a placement (see `inlay.core.place`); the method's own by default.
+            seed: makes the start reproducible whatever was drawn before.
+            dtype: of the trained tensors.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InlayError(f"{name!r} cannot name an adapter: use letters, digits, '_' and '-'")
+        if name in self.edits:
+            raise InlayError(f"this model already wears {name!r}; remove() it first, or choose another name ({sorted(self.edits)})")
+        spots = locate(self.model, self.anatomy, edit.at if at is None else at)
+        for spot, wiring in spots.values():
+            if wiring and wiring not in edit.wirings:
+                knows = f"it knows {', '.join(edit.wirings)}" if edit.wirings else "it has only one"
+                raise InlayError(f"{edit.kind} cannot be wired {wiring!r} at {spot.key!r}; {knows}")
+        fresh = [k for k in spots if k not in self.sites]
+        try:
+            places = []
+            for key, (spot, wiring) in spots.items():
+                if key not in self.sites:
+                    self.sites[key] = Site(self, spot, self.model.get_submodule(spot.path))
+                places.append(replace(self.sites[key].place, wiring=wiring))
+            common, made = self._start(edit, places, seed, dtype)
+        except BaseException:
+            for key in fresh:
+                if key in self.sites:
+                    self._empty(key)
+            raise
+        self.edits[name] = edit
+        if common:
+            self.common[name] = Wear(common)
+            self.model.add_module(f"inlay_{name}", self.common[name])
+        for place in places:
+            if made[place.key]:
+                self.sites[place.key].hang(name, place.wiring, made[place.key])
+            elif common:
+                self.sites[place.key].hang(name, place.wiring, {})
+            elif not self.sites[place.key].wear:
+                self._empty(place.key)
+        if not any(name in s.places for s in self.sites.values()):
+            self.edits.pop(name)
+            raise InlayError(f"{edit.kind} has nothing to train at {', '.join(spots)}: {type(edit).__doc__ or ''}".split("\n")[0])
+        self._routes.clear()
+        return self
+
+    def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        # Drawn on the CPU, so that a seed means the same on every device; on meta only shapes are wanted.
+        device = self.device
+        with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta" if device.type == "meta" else "cpu"):
+            if seed is not None:
+                torch.manual_seed(seed)
+            with torch.no_grad():
+                common = edit.shared(places)
+                made = {p.key: edit.weights(p) for p in places}
+
+        def settle(t: Tensor) -> Tensor:
+            return t.detach().to(device, dtype if t.is_floating_point() else None)
+
+        return {k: settle(v) for k, v in common.items()}, {p: {k: settle(v) for k, v in w.items()} for p, w in made.items()}
+
+    def _empty(self, key: str) -> None:
+        site = self.sites.pop(key)
+        site.wear["none"] = Wear({})
+        site.places["none"] = site.place
+        site.drop("none")
+
+    def remove(self, name: str) -> Host:
+        """Take an adapter off; rows that wore it go bare."""
+        self._known(name)
+        for key in [k for k, s in self.sites.items() if name in s.places]:
+            if self.sites[key].drop(name):
+                del self.sites[key]
+        if name in self.common:
+            del self.common[name]
+            delattr(self.model, f"inlay_{name}")
+        del self.edits[name]
+        self.plan = tuple(tuple(n for n in names if n != name) for names in self.plan)
+        self._routes.clear()
+        return self
+
+    def detach(self) -> nn.Module:
+        """Take everything off and leave the model as it was found."""
+        for name in list(self.edits):
+            self.remove(name)
+        for hook in self._hooks:
+            hook.remove()
+        replay.unwrap(self._checkpointed)
+        for p in self._trainable:
+            p.requires_grad_(True)
+        object.__delattr__(self.model, "_inlay_host")
+        return self.model
+
+    # ---- who wears what ----------------------------------------------------------------------------------------------
+    def use(self, *plan: str | tuple[str, ...] | None, side: Mapping[str, Tensor] | None = None) -> Host:
+        """Choose what each row wears from now on.
+
+        `use("math")` for every row, `use("math", None, "chat")` one per row (None: the bare model),
+        `use("prefix+lora")` or `use(("prefix", "lora"))` several on one row, applied in the order in which they were hung.
+
+        Args:
+            side: further inputs per row (B, ...), for methods that read them.
+        """
+        self.plan = read_plan(plan or (None,), self.edits)
+        self.side = dict(side or {})
+        self.now = Route()
+        return self
+
+    @contextlib.contextmanager
+    def using(self, *plan: str | tuple[str, ...] | None, side: Mapping[str, Tensor] | None = None) -> Iterator[Host]:
+        """`use` for the length of a with-block."""
+        before = self.plan, self.side
+        try:
+            yield self.use(*plan, side=side)
+        finally:
+            self.plan, self.side = before
+            self.now = Route()
+
+    def _known(self, name: str) -> None:
+        if name not in self.edits:
+            raise unknown("adapter", name, self.edits, "Hang it first with add() or load().")
+
+    # ---- an adapter as plain data ------------------------------------------------------------------------------------
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """An adapter's tensors, `3.q/A` for place 3.q and `shared/...` for what its places share."""
+        self._known(name)
+        shared = self.common[name].tensors() if name in self.common else {}
+        own = {f"{key}/{k}": v for key, s in self.sites.items() if name in s.places for k, v in s.wear[name].tensors().items()}  # type: ignore
+        return {f"shared/{k}": v for k, v in shared.items()} | own
+
+    def by_place(self, name: str) -> dict[str, Weights]:
+        """Place key -> the tensors its edit sees there."""
+        self._known(name)
+        return {key: s.tensors(name) for key, s in self.sites.items() if name in s.places}
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """What is trained of these adapters (of all, if none is named)."""
+        found = {id(t): t for n in names or self.edits for t in self.tensors(n).values() if isinstance(t, nn.Parameter)}
+        return list(found.values())
+
+    def count(self, name: str) -> int:
+        """Trainable numbers of an adapter."""
+        return sum(p.numel() for p in self.parameters(name))
+
+    @torch.no_grad()
+    def fill(self, name: str, values: Mapping[str, Tensor]) -> Host:
+        """Set an adapter's tensors; anything missing, left over or of another shape is an error and nothing is changed."""
+        mine = self.tensors(name)
+        problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [f"unexpected {k}" for k in values.keys() - mine.keys()]
+        problems += [
+            f"{k} is {tuple(values[k].shape)}, wanted {tuple(mine[k].shape)}"
+            for k in mine.keys() & values.keys() if values[k].shape != mine[k].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise InlayError(f"these tensors are not those of {name!r}: {'; '.join(sorted(problems)[:4])}{more}")
+        for k, p in mine.items():
+            p.copy_(values[k])
+        return self
+
+    # ---- one forward -------------------------------------------------------------------------------------------------
+    def precision(self, y: Tensor) -> torch.dtype:
+        """The type in which edits of y are computed; their result is rounded once, to y's type."""
+        return y.dtype if self.fast or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict):
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        if not any(self.plan):
+            self.now = Route()
+            return None
+        ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        past = kwargs.get("past_key_values")
+        seen = int(past.get_seq_length()) if past is not None else 0
+        if self._checkpointed and torch.is_grad_enabled():
+            replay.wrap(self, self._checkpointed)
+        base, space = self._route(ids.shape[0])
+        side = {k: v.repeat_interleave(ids.shape[0] // len(v), 0) for k, v in self.side.items()}
+        self.now = replace(base, seen=seen, training=model.training, side=side)
+        if space is None:
+            return None
+        if seen and getattr(past, "_inlay_wide", space.wide) != space.wide:
+            raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")
+        kwargs, first_B = room.widen(model, args, kwargs, space, seen)
+        self.now = replace(self.now, first={n: first_B + offset for n, offset in space.offset.items()})
+        self._wide = 0 if seen else space.wide
+        if past is not None and not seen:
+            past._inlay_wide = space.wide
+        return (), kwargs
+
+    def _route(self, batch: int) -> tuple[Route, room.Room | None]:
+        key = (self.plan, batch, self.device)
+        if key not in self._routes:
+            if len(self._routes) > 64:
+                self._routes.clear()
+            made = route(self.plan, list(self.edits), batch, self.device)
+            space = room.plan_room(spread(self.plan, batch), self.edits, self.device)
+            self._routes[key] = made, space
+        return self._routes[key]
+
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict, out):
+        self._depth -= 1
+        if self._depth or not self._wide or out is None:
+            return None
+        wide, self._wide = self._wide, 0
+        ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        return room.strip(out, ids.shape[1] - wide, wide)

@@ -1,0 +1,184 @@
+"""Where edits hang: roles, parts of fused projections, and the placement language.
+
+The language, used by the API, the command line and recipes alike, is a comma-separated list of
+
+    target[:wiring][@layers]
+
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where a decoder fuses them) or a
+  pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
+- wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
+  output), for methods with a choice;
+- layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`.
+
+Whatever matches nothing is an error that names what exists.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import InlayError, unknown
+
+WIRINGS = {"series": "output", "output": "output", "input": "input", "parallel": "parallel"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slots `lo:hi` of a fused output laid out as (groups, slots, width): one pair of cuts serves every decoder.
+
+    Interleaved per head (BLOOM, GPT-NeoX): groups = heads, slots = 3. Blocked (GPT-2, Phi-3): groups = 1.
+    Grouped (Falcon): groups = key/value heads, slots = queries per group + 2.
+    """
+
+    groups: int
+    slots: int
+    lo: int
+    hi: int
+
+    def get(self, y: Tensor) -> Tensor:
+        """(..., D_fused) -> (..., D_part)."""
+        return y.unflatten(-1, (self.groups, self.slots, -1))[..., self.lo : self.hi, :].flatten(-3)
+
+    def put(self, y: Tensor, new: Tensor) -> Tensor:
+        """y with this part replaced by `new`."""
+        cut = y.unflatten(-1, (self.groups, self.slots, -1))
+        new = new.unflatten(-1, (self.groups, self.hi - self.lo, -1))
+        return torch.cat([cut[..., : self.lo, :], new, cut[..., self.hi :, :]], -2).flatten(-3)
+
+    def width(self, fused: int) -> int:
+        """D_part of a fused output of `fused` features."""
+        return fused // self.slots * (self.hi - self.lo)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One place an edit may hang, before any model is touched: `key` is its name in files (`3.q`, `embed`)."""
+
+    key: str
+    role: str
+    layer: int | None
+    path: str
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where everything is in one model: made from a table of decoder families, or inferred (`inlay.models`)."""
+
+    family: str
+    layers: int
+    spots: tuple[Spot, ...]
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles this model has, in the order of the table."""
+        return list(dict.fromkeys(s.role for s in self.spots))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One layer of the base, or one part of a fused layer, as an edit sees it: a function and two widths."""
+
+    f: Callable[[Tensor], Tensor]
+    """The frozen layer, quantised or not: (..., D_in) -> (..., D_out); an embedding takes ids."""
+    d_in: int
+    d_out: int
+    role: str
+    key: str
+    wiring: str = ""
+    has_bias: bool = False
+    tied: bool = False
+    """An embedding or head whose weight is the other's too."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parsed item of a placement."""
+
+    text: str
+    name: str
+    wiring: str
+    layers: str
+
+
+def parse(at: str | Iterable[str]) -> list[Target]:
+    """Read a placement; a string is split at commas."""
+    items = [i.strip() for i in (at.split(",") if isinstance(at, str) else at)]
+    if not any(items):
+        raise InlayError("the placement is empty; name roles such as 'q,v' or a pattern such as '*.q_proj'")
+    targets = []
+    for item in filter(None, items):
+        name, _, layers = item.partition("@")
+        name, _, wiring = name.partition(":")
+        if wiring and wiring not in WIRINGS:
+            raise unknown("wiring", wiring, WIRINGS, f"It stands in {item!r}.")
+        targets.append(Target(item, name, WIRINGS.get(wiring, ""), layers))
+    return targets
+
+
+def layer_set(text: str, layers: int) -> set[int]:
+    """`0-3+last2` -> {0, 1, 2, 3, n-2, n-1}."""
+    chosen: set[int] = set()
+    for piece in text.split("+"):
+        if m := re.fullmatch(r"(first|last)(\d+)", piece):
+            n = int(m[2])
+            span = range(n) if m[1] == "first" else range(layers - n, layers)
+        elif m := re.fullmatch(r"(\d*)-(\d*)|(\d+)", piece):
+            lo, hi = (m[3], m[3]) if m[3] else (m[1] or 0, m[2] or layers - 1)
+            span = range(int(lo), int(hi) + 1)
+        else:
+            raise InlayError(f"cannot read the layers {text!r}; write e.g. 3, 0-3, 16-, last8 or 0-1+last2")
+        if not span or span[0] < 0 or span[-1] >= layers:
+            raise InlayError(f"layers {piece!r} reach outside this model, which has layers 0-{layers - 1}")
+        chosen |= set(span)
+    return chosen
+
+
+def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[str, tuple[Spot, str]]:
+    """{key: (spot, wiring)} for each place that a placement names, in the model's order. Nothing may match nothing."""
+    modules = dict(model.named_modules())
+    known_paths = {s.path: s for s in anatomy.spots if s.part is None}
+    found: dict[str, tuple[Spot, str]] = {}
+    for target in parse(at):
+        hits = [s for s in anatomy.spots if target.name in (s.role, s.key)]
+        if not hits:
+            hits = [known_paths.get(p) or _unnamed(p) for p in modules if p and fnmatch.fnmatchcase(p, target.name)]
+        if not hits:
+            raise unknown(
+                f"role or module pattern in {anatomy.family}", target.name, anatomy.roles,
+                "A pattern must match a whole module path, e.g. '*.q_proj'.",
+            )
+        if target.layers:
+            chosen = layer_set(target.layers, anatomy.layers)
+            hits = [s for s in hits if s.layer in chosen]
+            if not hits:
+                raise InlayError(f"{target.text!r} selects layers of {target.name!r}, which does not stand in layers")
+        for spot in hits:
+            if found.setdefault(spot.key, (spot, target.wiring))[1] != target.wiring:
+                raise InlayError(f"{target.text!r} gives {spot.key!r} a second wiring; hang two adapters instead")
+    order = {s.key: i for i, s in enumerate(anatomy.spots)}
+    return dict(sorted(found.items(), key=lambda kv: order.get(kv[0], len(order))))
+
+
+def _unnamed(path: str) -> Spot:
+    layer = re.search(r"\.(\d+)(?:\.|$)", path)
+    return Spot(path, "module", int(layer[1]) if layer else None, path)
+
+
+def widths(layer: nn.Module, hidden: int) -> tuple[int, int]:
+    """(D_in, D_out) of a linear (plain, Conv1D, quantised), an embedding, a norm, or any hidden-to-hidden module."""
+    if isinstance(layer, nn.Embedding) or hasattr(layer, "num_embeddings"):
+        return layer.num_embeddings, layer.embedding_dim  # type: ignore[return-value]
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features  # type: ignore[return-value]
+    if hasattr(layer, "nf"):
+        return layer.nx, layer.nf  # type: ignore[return-value]
+    weight = getattr(layer, "weight", None)
+    own = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else hidden
+    return own, own

@@ -1,0 +1,130 @@
+"""Reserved columns: virtual tokens stand in extra columns on a row's left, which no caller ever sees.
+
+At the top of a forward whose plan needs room, ids, mask, labels and positions are widened; on the way out the extra
+columns are cut off again. Each row's columns stand right before its first token, after its left padding:
+
+    [pad pad | room room room | tokens]
+
+So prompt tuning is an edit at the embedding and prefix tuning an edit at k and v, in any decoder, under gradient
+checkpointing, without a KV cache, and in the same batch as every other method.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from inlay.core.edit import Edit
+from inlay.core.errors import InlayError
+from inlay.core.route import Worn
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much room each row of a batch needs, and for whom."""
+
+    wide: int
+    """Columns added to the batch: the widest row's."""
+    need_B: Tensor
+    offset: Mapping[str, Tensor]
+    """adapter -> where its own columns begin after the row's first reserved one (B,)."""
+    position_BR: Tensor
+    """Position id of each reserved column, counted from the row's first one (B, wide)."""
+
+
+def plan_room(rows: Sequence[Worn], edits: Mapping[str, Edit], device: torch.device) -> Room | None:
+    """Lay out the reserved columns of a batch; None if nobody needs any."""
+    need, positions = [], []
+    offset = {n: [0] * len(rows) for n in edits if edits[n].positional and any(n in names for names in rows)}
+    for row, names in enumerate(rows):
+        columns: list[int] = []
+        for n in (n for n in edits if n in names):
+            if n in offset:
+                offset[n][row] = len(columns)
+            columns += [0] * edits[n].room if edits[n].room_positions == "zero" else range(len(columns), len(columns) + edits[n].room)
+        need.append(len(columns))
+        positions.append(columns)
+    wide = max(need, default=0)
+    if not offset:
+        return None
+    return Room(
+        wide,
+        torch.tensor(need, device=device),
+        {n: torch.tensor(v, device=device) for n, v in offset.items()},
+        torch.tensor([c + [0] * (wide - len(c)) for c in positions], device=device, dtype=torch.long),
+    )
+
+
+def first_columns(mask: Tensor | Mapping | None, batch: int, device: torch.device) -> Tensor:
+    """First column each row attends to (B,), from whichever mask the model was handed: 2-D, 4-D, or one per layer kind."""
+    mask = next(iter(mask.values())) if isinstance(mask, Mapping) else mask
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.long, device=device)
+    if mask.dim() == 4:  # (B, 1, query, key): True or 0.0 = attend
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    return mask.to(torch.int8).argmax(-1)
+
+
+def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) -> tuple[dict, Tensor]:
+    """(keyword arguments with room made, first reserved column of each row (B,)).
+
+    `seen` counts the cache's columns, reserved ones included; a step that continues a cache gets its mask and positions
+    widened, but no new columns.
+    """
+    signature = inspect.signature(model.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    given = {**given, **given.pop("kwargs", {})}
+    ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    batch, tokens = ids.shape[:2]
+    new = room.wide if not seen else 0
+    mask = given.get("attention_mask")
+    if mask is None:
+        mask = ids.new_ones((batch, tokens + (seen - room.wide if seen else 0)), dtype=torch.long)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise InlayError("virtual tokens need a 2-D attention mask; static caches hand the model a 4-D one: use a dynamic cache")
+    first_B = mask.to(torch.int8).argmax(-1) + room.wide - room.need_B
+    wide_mask = pad(mask, (room.wide, 0))
+    column = torch.arange(wide_mask.shape[1], device=mask.device)
+    reserved = (column >= first_B[:, None]) & (column < (first_B + room.need_B)[:, None])
+    given["attention_mask"] = wide_mask | reserved.to(wide_mask)
+    if "position_ids" in signature.parameters:
+        old = given.get("position_ids")
+        if old is None:
+            old = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        position = pad(old.expand(batch, -1) + room.need_B[:, None], (new, 0))
+        if new:
+            inside = (column - first_B[:, None]).clamp(0, max(room.wide - 1, 0))
+            position = torch.where(reserved, room.position_BR.gather(1, inside), position)
+        given["position_ids"] = position
+    for name, value in (("input_ids", 0), ("labels", -100), ("token_type_ids", 0)):
+        if isinstance(given.get(name), Tensor) and new:
+            given[name] = pad(given[name], (new, 0), value=value)
+    if given.get("inputs_embeds") is not None and new:
+        given["inputs_embeds"] = pad(given["inputs_embeds"], (0, 0, new, 0))
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, Tensor):
+        given["logits_to_keep"] = keep + new
+    return given, first_B
+
+
+def strip(out, tokens: int, wide: int):
+    """Cut the reserved columns off whatever runs over columns in a model's output."""
+
+    def cut(t):
+        if isinstance(t, Tensor) and t.dim() >= 3 and t.shape[1] == tokens + wide:
+            return t[:, wide:]
+        return t
+
+    if isinstance(out, tuple):
+        return tuple(cut(t) for t in out)
+    for name in ("logits", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            out[name] = cut(out[name])
+    if getattr(out, "hidden_states", None) is not None:
+        out["hidden_states"] = tuple(cut(t) for t in out["hidden_states"])
+    return out

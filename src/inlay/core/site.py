@@ -1,0 +1,164 @@
+"""One place of one model: the tensors that hang there and the hooks that let them speak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import route
+from inlay.core.edit import Weights, phases
+from inlay.core.errors import InlayError
+from inlay.core.place import Place, Spot, widths
+
+if TYPE_CHECKING:
+    from inlay.core.host import Host
+
+
+class Wear(nn.Module):
+    """The tensors of one adapter at one place: parameters, and buffers for names that begin with `_`.
+
+    A child of the layer it edits, so FSDP2 shards it, `.to()` moves it and `print(model)` shows it with that layer.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for name, value in tensors.items():
+            if name.startswith("_"):
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name."""
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self.tensors().items())
+
+
+class Site(nn.Module):
+    """Where adapters hang on one layer, or on one part of a fused layer."""
+
+    def __init__(self, host: Host, spot: Spot, layer: nn.Module):
+        super().__init__()
+        self.wear = nn.ModuleDict()
+        self.places: dict[str, Place] = {}
+        self.spot = spot
+        self._host = [host]  # in a list: the host is no child of the layer
+        self._layer = [layer]
+        self._given: Tensor | None = None
+        d_in, d_out = widths(layer, host.hidden)
+        self.place = Place(
+            self.frozen, d_in, spot.part.width(d_out) if spot.part else d_out, spot.role, spot.key,
+            has_bias=getattr(layer, "bias", None) is not None, tied=host.tied and spot.role in ("embed", "head"),
+        )
+        self._hooks = [
+            layer.register_forward_pre_hook(self._pre, with_kwargs=True),
+            layer.register_forward_hook(self._post, with_kwargs=True),
+        ]
+        layer.add_module(self._child, self)
+
+    @property
+    def _child(self) -> str:
+        return f"inlay_{self.spot.role}" if self.spot.part else "inlay"
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer that is edited."""
+        return self._layer[0]
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """What the bare layer (or this part of it) says of x, in the precision of x."""
+        host, dtype = self._host[0], x.dtype
+        x = x.to(host.device, host.dtype if x.is_floating_point() else None)
+        y = self.layer.forward(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y = self.spot.part.get(y) if self.spot.part else y
+        return y.to(dtype) if x.is_floating_point() else y
+
+    def hang(self, name: str, wiring: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put an adapter's tensors here."""
+        self.places[name] = replace(self.place, wiring=wiring)
+        self.wear[name] = Wear(tensors)
+
+    def drop(self, name: str) -> bool:
+        """Take an adapter away; True if nothing is left and the site has removed itself."""
+        del self.wear[name], self.places[name]
+        if not self.wear:
+            for hook in self._hooks:
+                hook.remove()
+            delattr(self.layer, self._child)
+        return not self.wear
+
+    def tensors(self, name: str) -> Weights:
+        """An adapter's tensors as its edit sees them: its own here, and those it shares among places."""
+        common = self._host[0].common.get(name)
+        own = self.wear[name].tensors()  # type: ignore[operator]
+        return {**common.tensors(), **own} if common is not None else own
+
+    def run(self, phase: int, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Send each row through its own adapters; rows whose adapters do not hang here pass unchanged."""
+        host, out = self._host[0], x if y is None else y
+        names = [n for n in host.now.rows if n in self.places and phases(host.edits[n])[phase]]
+        if not names:
+            return out
+        dtype = host.precision(out)
+        jobs: list[route.Job] = []
+        for n in names:
+            w = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors(n).items()}
+            jobs.append((n, host.edits[n], w, host.now.call(n, self.places[n])))
+        by_rows = any(host.now.rows[n] is not None or host.edits[n].positional for n in names)
+        x_, out_ = (self._rows(t) if by_rows else t for t in (x, out))
+        x_ = x_.to(dtype) if x_.is_floating_point() else x_
+        new = route.apply(host.strategy, ("before", "after")[phase], jobs, host.now, x_, None if y is None else out_.to(dtype))
+        return new.reshape(out.shape).to(out.dtype)
+
+    def _rows(self, t: Tensor) -> Tensor:
+        """(B, T, ...) even where a decoder has flattened rows and tokens into one (OPT's MLP does)."""
+        batch = self._host[0].now.batch
+        if t.shape[0] == batch:
+            return t
+        if t.dim() == 2 and t.shape[0] % batch == 0:
+            return t.unflatten(0, (batch, -1))
+        raise InlayError(
+            f"{self.spot.path} sees {tuple(t.shape)}, where the {batch} rows of the batch cannot be told apart; "
+            "use one adapter for the whole batch, or hang these adapters elsewhere"
+        )
+
+    def _pre(self, layer: nn.Module, args: tuple, kwargs: dict):
+        if not self._host[0].now.rows:
+            return None
+        x, where = _input(args, kwargs)
+        new = self.run(0, x)
+        if new is x:
+            return None
+        self._given = x
+        return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
+
+    def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
+        if not self._host[0].now.rows:
+            return None
+        x, self._given = self._given, None
+        x = _input(args, kwargs)[0] if x is None else x
+        whole = out[0] if isinstance(out, tuple) else out
+        part = self.spot.part
+        y = part.get(whole) if part else whole
+        new = self.run(1, x, y)
+        if new is y:
+            return None
+        new = part.put(whole, new) if part else new
+        return (new, *out[1:]) if isinstance(out, tuple) else new
+
+
+def _input(args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
+    """A layer's first tensor, and its keyword if it came by keyword."""
+    if args:
+        return args[0], None
+    for where in ("hidden_states", "input", "input_ids", "x"):
+        if isinstance(kwargs.get(where), torch.Tensor):
+            return kwargs[where], where
+    raise InlayError(f"cannot see the input of a layer called with the keywords {sorted(kwargs)}")

@@ -1,0 +1,202 @@
+"""Low-rank adaptation and its variants: LoRA, rsLoRA, PiSSA, DoRA, AdaLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, embedding, linear
+
+from inlay.core.edit import Call, Edit, Weights
+from inlay.core.errors import InlayError
+from inlay.core.method import Method
+from inlay.core.place import Place
+
+
+def kaiming(*shape: int) -> Tensor:
+    """U(-1/sqrt(in), 1/sqrt(in)): Kaiming-uniform with a = sqrt(5), the start of `nn.Linear`."""
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=5**0.5)
+
+
+def down(x: Tensor, A: Tensor) -> Tensor:
+    """A x; x may be ids, where A x is a column of A."""
+    return linear(x, A) if x.is_floating_point() else embedding(x, A.T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Edit):
+    """y + s B A x,  A (rank, D_in), B (D_out, rank).
+
+    s = alpha / rank (Hu et al. 2021, arXiv:2106.09685, eq. 3), or alpha / sqrt(rank) if `rank_stabilised` (Kalajdzievski
+    2023, arXiv:2312.03732). B starts at zero. Under `init="pissa"` (Meng et al. 2024, arXiv:2404.02948) A and B start at the top
+    `rank` singular triplets of the frozen weight, y + s (B A - B0 A0) x: the base keeps its weight, the residual is implied.
+    """
+
+    kind = "lora"
+    rank: int = 32
+    """Inner width r. LLM-Adapters uses 32, the LoRA paper 1-64."""
+    alpha: float = 64.0
+    """Numerator of the scale."""
+    dropout: float = 0.0
+    """Probability of dropping an input of A while training; LLM-Adapters trains with 0.05."""
+    rank_stabilised: bool = False
+    """Divide alpha by sqrt(rank) instead of rank."""
+    init: Literal["zero", "pissa"] = "zero"
+    """Start: B = 0, or the top singular triplets of the frozen weight."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InlayError(f"rank must be at least 1, not {self.rank}")
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    def weights(self, place: Place) -> dict[str, Tensor]:
+        if self.init == "pissa":
+            return self._principal(place)
+        return {"A": kaiming(self.rank, place.d_in), "B": torch.zeros(place.d_out, self.rank)}
+
+    def _principal(self, place: Place) -> dict[str, Tensor]:
+        if place.role == "embed":
+            raise InlayError("PiSSA starts from a linear's weight; leave the embedding out")
+        if self.rank > min(place.d_in, place.d_out):
+            raise InlayError(f"PiSSA of rank {self.rank} does not fit {place.key!r} ({place.d_out} x {place.d_in})")
+        U, S, Vh = torch.linalg.svd(frozen_weight(place), full_matrices=False)
+        root = (S[: self.rank] / self.scale).sqrt()
+        A, B = root[:, None] * Vh[: self.rank], U[:, : self.rank] * root
+        return {"A": A, "B": B, "_A0": A.clone(), "_B0": B.clone()}
+
+    def delta(self, w: Weights, x: Tensor, call: Call) -> Tensor:
+        """s B A x, less where it started."""
+        x = dropout(x, self.dropout, call.training) if x.is_floating_point() else x
+        out = linear(down(x, w["A"]), w["B"])
+        if "_A0" in w:
+            out = out - linear(down(x, w["_A0"]), w["_B0"])
+        return self.scale * out
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        return y + self.delta(w, x, call)
+
+
+def frozen_weight(place: Place) -> Tensor:
+    """W (D_out, D_in) of a frozen linear, whatever stores it: the layer is fed the identity."""
+    zero = place.f(torch.zeros(1, place.d_in))
+    return (place.f(torch.eye(place.d_in)) - zero).T.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """m (W + s B A) x / |W + s B A|, norms over each output row.  Liu et al. 2024, arXiv:2402.09353, eq. 5.
+
+    Written as y + (m/n - 1)(y - b) + (m/n) s B A x with n = |W + s B A|, so that a fresh adapter changes nothing. The weight is never
+    read: n^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B, B A A^T> and W A^T = f(A) - b, so any frozen layer serves. As in
+    sec. 4.3 of the paper, n is a constant in the backward pass.
+    """
+
+    kind = "dora"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init != "zero":
+            raise InlayError("DoRA starts at B = 0; use method 'pissa' for the principal start")
+
+    def weights(self, place: Place) -> dict[str, Tensor]:
+        if place.role == "embed":
+            raise InlayError("DoRA's magnitude belongs to a linear's rows; leave the embedding out")
+        square = frozen_weight(place).square().sum(1)
+        return {**super().weights(place), "m": square.sqrt(), "_square": square}
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        A, B, s, f = w["A"], w["B"], self.scale, call.place.f
+        with torch.no_grad():
+            b = f(A.new_zeros(1, A.shape[1])) if call.place.has_bias else 0.0
+            WAt = (f(A) - b).T  # (D_out, rank)
+            n = (w["_square"] + 2 * s * (B * WAt).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)).clamp(min=0).sqrt()
+        gain = w["m"] / n
+        return y + (gain - 1) * (y - b) + gain * self.delta(w, x, call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Edit):
+    """y + s P diag(E) Q x, ranks given to the places that need them.  Zhang et al. 2023, arXiv:2303.10512, eq. 3.
+
+    Q (rank, D_in), E (rank,), P (D_out, rank); E starts at zero. A triplet's importance is the smoothed sensitivity
+    |w g| of its parts (eqs. 8-12); every `interval` steps between `warmup` and the last `final` share of training the least important
+    values of E over all places are set to zero, on the paper's cubic schedule from `rank` to `target` per place on average.
+    """
+
+    kind = "adalora"
+    rank: int = 12
+    """Initial rank of each place."""
+    target: int = 8
+    """Average rank at the end."""
+    alpha: float = 8.0
+    """Numerator of the scale alpha / rank."""
+    dropout: float = 0.0
+    """Probability of dropping an input of Q while training."""
+    warmup: float = 0.1
+    """Share of the training before the first value is dropped."""
+    final: float = 0.3
+    """Share of the training at its end during which the ranks stay as they are."""
+    interval: int = 10
+    """Steps between two allocations."""
+    beta1: float = 0.85
+    """Smoothing of the sensitivity."""
+    beta2: float = 0.85
+    """Smoothing of its uncertainty."""
+    orthogonality: float = 0.5
+    """Weight of |P^T P - I|^2 + |Q Q^T - I|^2 in the loss (eq. 4)."""
+
+    def weights(self, place: Place) -> dict[str, Tensor]:
+        return {
+            "Q": 0.02 * torch.randn(self.rank, place.d_in), "E": torch.zeros(self.rank),
+            "P": 0.02 * torch.randn(place.d_out, self.rank),
+        }
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        x = dropout(x, self.dropout, call.training) if x.is_floating_point() else x
+        return y + self.alpha / self.rank * linear(down(x, w["Q"]) * w["E"], w["P"])
+
+    def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
+        eye = torch.eye(self.rank, device=next(iter(adapter.values()))["E"].device)
+        terms = [(w["P"].T @ w["P"] - eye).norm() + (w["Q"] @ w["Q"].T - eye).norm() for w in adapter.values()]
+        return self.orthogonality * sum(terms) / (2 * len(terms))
+
+    @torch.no_grad()
+    def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
+        scores = torch.stack([self._importance(key, w, state) for key, w in adapter.items()])  # (places, rank)
+        begin, end = int(self.warmup * total), int((1 - self.final) * total)
+        if step < begin or (step % self.interval and step < end):
+            return
+        left = max(0.0, 1 - (step - begin) / max(1, end - begin)) ** 3
+        keep = round(len(adapter) * (self.target + (self.rank - self.target) * left))
+        floor = scores.flatten().topk(keep).values.min()
+        mask = scores >= floor if step < end else state.setdefault("mask", scores >= floor)
+        for (_, w), kept in zip(adapter.items(), mask, strict=True):
+            w["E"].mul_(kept)
+
+    def _importance(self, key: str, w: Weights, state: dict[str, Tensor]) -> Tensor:
+        total = 0
+        for name, over in (("E", ()), ("P", (0,)), ("Q", (1,))):
+            p = w[name]
+            now = (p * (p.grad if p.grad is not None else 0)).abs()
+            smooth = state.setdefault(f"{key}/{name}/sensitivity", torch.zeros_like(p))
+            doubt = state.setdefault(f"{key}/{name}/uncertainty", torch.zeros_like(p))
+            smooth.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+            doubt.mul_(self.beta2).add_((now - smooth).abs(), alpha=1 - self.beta2)
+            total = total + ((smooth * doubt).mean(over) if over else smooth * doubt)
+        return total
+
+
+METHODS = (
+    Method("lora", LoRA, "LoRA as LLM-Adapters trains it (rank 32, alpha 64)"),
+    Method("rslora", LoRA, "LoRA scaled by alpha / sqrt(rank)", {"rank_stabilised": True}),
+    Method("pissa", LoRA, "LoRA that starts at the principal singular triplets", {"init": "pissa", "alpha": 32.0}),
+    Method("dora", DoRA, "LoRA with a trained magnitude per output"),
+    Method("adalora", AdaLoRA, "low-rank updates whose ranks are allocated while training"),
+)
