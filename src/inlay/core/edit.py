@@ -65,6 +65,8 @@ class Edit:
     """The wirings the method knows (`input`, `output`, `parallel`), if it has a choice."""
     positional: ClassVar[bool] = False
     """True if `call.position_BT` is used."""
+    everywhere: ClassVar[bool] = False
+    """True if the method makes sense only when it hangs in every layer."""
     room_positions: ClassVar[str] = "count"
     """Position ids of the reserved columns: `count` (0, 1, 2 ...) or `zero` (all 0: keys meet no rotation)."""
 

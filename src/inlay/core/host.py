@@ -94,6 +94,10 @@ class Host:
             if wiring and wiring not in edit.wirings:
                 knows = f"it knows {', '.join(edit.wirings)}" if edit.wirings else "it has only one"
                 raise InlayError(f"{edit.kind} cannot be wired {wiring!r} at {spot.key!r}; {knows}")
+        if edit.everywhere:
+            for role in {spot.role for spot, _ in spots.values()}:
+                if sum(spot.role == role for spot, _ in spots.values()) < self.anatomy.layers:
+                    raise InlayError(f"{edit.kind} must hang in every layer, and this placement leaves some {role!r} out")
         fresh = [k for k in spots if k not in self.sites]
         try:
             places = []

@@ -4,8 +4,8 @@ The language, used by the API, the command line and recipes alike, is a comma-se
 
     target[:wiring][@layers]
 
-- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where a decoder fuses them) or a
-  pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where a decoder fuses them),
+  `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
 - layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from inlay.core.errors import InlayError, unknown
 
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 WIRINGS = {"series": "output", "output": "output", "input": "input", "parallel": "parallel"}
 
 
@@ -146,7 +147,7 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
     known_paths = {s.path: s for s in anatomy.spots if s.part is None}
     found: dict[str, tuple[Spot, str]] = {}
     for target in parse(at):
-        hits = [s for s in anatomy.spots if target.name in (s.role, s.key)]
+        hits = _named(anatomy, target.name)
         if not hits:
             hits = [known_paths.get(p) or _unnamed(p) for p in modules if p and fnmatch.fnmatchcase(p, target.name)]
         if not hits:
@@ -164,6 +165,15 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
                 raise InlayError(f"{target.text!r} gives {spot.key!r} a second wiring; hang two adapters instead")
     order = {s.key: i for i, s in enumerate(anatomy.spots)}
     return dict(sorted(found.items(), key=lambda kv: order.get(kv[0], len(order))))
+
+
+def _named(anatomy: Anatomy, name: str) -> list[Spot]:
+    if name != "linear":
+        return [s for s in anatomy.spots if name in (s.role, s.key)]
+    roles = set(anatomy.roles)
+    wanted = [r for r in LINEARS if r in roles]
+    wanted += [fused for fused, part in (("qkv", "q"), ("gate_up", "up")) if fused in roles and part not in roles]
+    return [s for s in anatomy.spots if s.role in wanted]
 
 
 def _unnamed(path: str) -> Spot:

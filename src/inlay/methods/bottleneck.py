@@ -1,0 +1,163 @@
+"""Bottleneck adapters: series on either side of a layer, parallel to one linear or a whole sub-layer, and Compacter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.core.edit import Call, Edit, Weights
+from inlay.core.errors import InlayError
+from inlay.core.method import Method
+from inlay.core.place import Place
+from inlay.methods.lora import kaiming
+
+Activation = Literal["tanh", "relu", "gelu", "silu", "sigmoid", "identity"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Edit):
+    """f(z) = s U act(D z + c) + e,  D (size, width), U (D_out, size); c and e only with `bias`.
+
+    wiring     edit                     source
+    output     y' = y + f(y)            Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247
+    input      y' = W (x + f(x)) + b    LLM-Adapters, Hu et al. 2023, arXiv:2304.01933 (its code, before gate and up)
+    parallel   y' = y + f(x)            He et al. 2022, arXiv:2110.04366, eq. 8; LLM-Adapters, per linear
+
+    U starts at zero. `start="normal"` is LLM-Adapters' published start, D and U from N(0, 0.02^2): it is not the identity.
+    """
+
+    kind = "bottleneck"
+    at = "down"
+    wirings = ("output", "input", "parallel")
+
+    size: int = 256
+    """Bottleneck width m."""
+    activation: Activation = "tanh"
+    """Non-linearity between D and U."""
+    scale: float = 1.0
+    """Factor s of the adapter's output."""
+    learned_scale: bool = False
+    """Train s, one number a place, from `scale` on."""
+    bias: bool = False
+    """Whether D and U have biases."""
+    dropout: float = 0.0
+    """Probability of dropping an input of D while training."""
+    wiring: Literal["auto", "output", "input", "parallel"] = "auto"
+    """Where a placement names no wiring. `auto`: input at q, k, v, gate and up, output elsewhere."""
+    start: Literal["identity", "normal"] = "identity"
+    """`normal` is LLM-Adapters' published, non-identity start."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InlayError(f"the bottleneck's size must be at least 1, not {self.size}")
+
+    def default_wiring(self, role: str) -> str:
+        if self.wiring != "auto":
+            return self.wiring
+        return "input" if role in ("q", "k", "v", "qkv", "gate", "up", "gate_up") else "output"
+
+    def _ends(self, place: Place) -> tuple[int, int]:
+        """(width read, width written)."""
+        if place.role in ("embed", "head"):
+            raise InlayError(f"a bottleneck cannot hang at {place.role!r}: it takes or gives a vocabulary")
+        wiring = self.wiring_of(place)
+        return (place.d_out if wiring == "output" else place.d_in), (place.d_in if wiring == "input" else place.d_out)
+
+    def weights(self, place: Place) -> dict[str, Tensor]:
+        d_in, d_out = self._ends(place)
+        w = {"D": kaiming(self.size, d_in), "U": torch.zeros(d_out, self.size)}
+        if self.start == "normal":
+            w = {k: 0.02 * torch.randn(v.shape) for k, v in w.items()}
+        if self.bias:
+            w |= {"c": torch.zeros(self.size), "e": torch.zeros(d_out)}
+        if self.learned_scale:
+            w["s"] = torch.full((1,), float(self.scale))
+        return w
+
+    def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
+        """The bottleneck itself: (..., width) -> (..., D_out)."""
+        z = F.dropout(z, self.dropout, call.training)
+        inner = ACTIVATIONS[self.activation](F.linear(z, w["D"], w.get("c")))
+        return w.get("s", self.scale) * F.linear(inner, w["U"], w.get("e"))
+
+    def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
+        return x + self.f(w, x, call) if self.wiring_of(call) == "input" else x
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        wiring = self.wiring_of(call)
+        return y if wiring == "input" else y + self.f(w, x if wiring == "parallel" else y, call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compacter(Bottleneck):
+    """A bottleneck whose matrices are sums of Kronecker products, D = sum_i A_i (x) (s_i t_i^T).
+
+    Karimi Mahabadi et al. 2021, arXiv:2106.04647, eqs. 5-7: the n matrices A_i (n, n) are shared by all places (one set for D,
+    one for U), s_i (width / n, 1) and t_i (1, size / n) belong to the place. t of U starts at zero.
+    """
+
+    kind = "compacter"
+    at = "o,down"
+    size: int = 24
+    """Bottleneck width; a multiple of n."""
+    activation: Activation = "gelu"
+    """Non-linearity between D and U."""
+    bias: bool = True
+    """Whether D and U have biases."""
+    n: int = 4
+    """Number of Kronecker terms; every width must be a multiple of it."""
+
+    def shared(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        return {"A_down": 0.1 * torch.randn(self.n, self.n, self.n), "A_up": 0.1 * torch.randn(self.n, self.n, self.n)}
+
+    def weights(self, place: Place) -> dict[str, Tensor]:
+        d_in, d_out = self._ends(place)
+        if bad := [d for d in (d_in, d_out, self.size) if d % self.n]:
+            raise InlayError(f"Compacter's n = {self.n} does not divide {bad[0]} at {place.key!r}")
+        n, m = self.n, self.size // self.n
+        w = {
+            "D_s": torch.randn(n, d_in // n, 1) * (n / d_in) ** 0.5, "D_t": torch.randn(n, 1, m),
+            "U_s": torch.randn(n, m, 1) * m**-0.5, "U_t": torch.zeros(n, 1, d_out // n),
+        }
+        if self.bias:
+            w |= {"c": torch.zeros(self.size), "e": torch.zeros(d_out)}
+        if self.learned_scale:
+            w["s"] = torch.full((1,), float(self.scale))
+        return w
+
+    def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
+        z = F.dropout(z, self.dropout, call.training)
+        inner = ACTIVATIONS[self.activation](self._phm(w["A_down"], w["D_s"], w["D_t"], z) + w.get("c", 0.0))
+        return w.get("s", self.scale) * (self._phm(w["A_up"], w["U_s"], w["U_t"], inner) + w.get("e", 0.0))
+
+    def _phm(self, A: Tensor, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """z (sum_i A_i (x) s_i t_i), the product never formed."""
+        inner = torch.einsum("ipq,...pd,ids->...iqs", A, z.unflatten(-1, (self.n, -1)), s)
+        return torch.einsum("...iqs,ise->...qe", inner, t).flatten(-2)
+
+
+METHODS = (
+    Method("series", Bottleneck, "LLM-Adapters' series adapter: after the MLP's last linear, size 256"),
+    Method("parallel", Bottleneck, "LLM-Adapters' parallel adapter: beside single linears", {"wiring": "parallel"}, "up,down"),
+    Method(
+        "houlsby", Bottleneck, "bottlenecks after attention and after the MLP",
+        {"size": 64, "activation": "gelu", "bias": True, "wiring": "output"}, "o,down",
+    ),
+    Method(
+        "pfeiffer", Bottleneck, "one bottleneck a block, after the MLP",
+        {"size": 48, "activation": "relu", "bias": True, "wiring": "output"}, "down",
+    ),
+    Method(
+        "he-parallel", Bottleneck, "one scaled bottleneck parallel to the whole MLP",
+        {"size": 512, "activation": "relu", "bias": True, "scale": 4.0, "wiring": "parallel"}, "mlp",
+    ),
+    Method("compacter", Compacter, "bottlenecks from shared Kronecker factors"),
+)
