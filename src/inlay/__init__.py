@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {"attach": "inlay.attach", "host_of": "inlay.attach", "method": "inlay.methods", "METHODS": "inlay.methods"}
+_HOME = {"attach": "inlay.api", "host_of": "inlay.api", "method": "inlay.methods", "METHODS": "inlay.methods"}
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from inlay.attach import attach, host_of
+    from inlay.api import attach, host_of
     from inlay.methods import METHODS, method
 
 
