@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {"attach": "inlay.api", "host_of": "inlay.api", "method": "inlay.methods", "METHODS": "inlay.methods"}
+_HOME = {
+    **dict.fromkeys(("attach", "host_of", "save", "load", "merge", "merged"), "inlay.api"),
+    **dict.fromkeys(("METHODS", "method"), "inlay.methods"),
+    "load_base": "inlay.models.base",
+    "InlayError": "inlay.core.errors",
+}
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from inlay.api import attach, host_of
+    from inlay.api import attach, host_of, load, merge, merged, save
+    from inlay.core.errors import InlayError
     from inlay.methods import METHODS, method
+    from inlay.models.base import load_base
 
 
 def __getattr__(name: str) -> Any:

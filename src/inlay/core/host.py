@@ -124,7 +124,8 @@ class Host:
                 self._empty(place.key)
         if not any(name in s.places for s in self.sites.values()):
             self.edits.pop(name)
-            raise InlayError(f"{edit.kind} has nothing to train at {', '.join(spots)}: {type(edit).__doc__ or ''}".split("\n")[0])
+            some = ", ".join(list(spots)[:4])
+            raise InlayError(f"{edit.kind} has nothing to train at {some}{' ...' if len(spots) > 4 else ''}; see its settings")
         self._routes.clear()
         return self
 

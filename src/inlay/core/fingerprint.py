@@ -1,0 +1,51 @@
+"""Telling bases apart: the shape a config declares, and a few of the weights' values.
+
+Values are compared with a tolerance that any change of floating-point type stays within, so an adapter trained on a
+bfloat16 base is at home on the same base in float32. Quantised layers are left out of the sample.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from inlay.core.host import Host
+
+SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+)
+SAMPLED = ("embed", "0.o", "0.down", "last.o", "last.down")
+TOLERANCE = 2.0**-7
+"""Relative; two roundings to bfloat16."""
+
+
+def fingerprint(host: Host) -> dict[str, Any]:
+    """{"shape": config values, "values": {place: 12 sampled weights}}."""
+    config = host.model.config
+    shape = {k: getattr(config, k) for k in SHAPE if getattr(config, k, None) is not None}
+    values = {}
+    by_key = {s.key: s for s in host.anatomy.spots if s.part is None}
+    for key in SAMPLED:
+        spot = by_key.get(key.replace("last", str(host.anatomy.layers - 1)))
+        weight = getattr(host.model.get_submodule(spot.path), "weight", None) if spot else None
+        if isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta:
+            flat = weight.detach().flatten()
+            picks = torch.linspace(0, len(flat) - 1, 12, device=flat.device).long()
+            values[key] = [float(f"{v:.6g}") for v in flat[picks].float().tolist()]
+    return {"shape": shape, "values": values}
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What tells two fingerprints apart, in words; empty if nothing does."""
+    a, b = theirs.get("shape", {}), ours["shape"]
+    found = [f"{k} is {b.get(k)!r} here and {a[k]!r} there" for k in a if k in b and a[k] != b[k]]
+    if found:
+        return found
+    for key, there in theirs.get("values", {}).items():
+        here = ours["values"].get(key)
+        if here and any(abs(x - y) > TOLERANCE * max(abs(x), abs(y)) + 1e-6 for x, y in zip(there, here, strict=False)):
+            found.append(f"the weights at {key!r} differ")
+    return found

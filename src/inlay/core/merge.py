@@ -1,0 +1,194 @@
+"""From activations to weights: an edited layer is fed the identity, and the weight it amounts to is read off.
+
+Whether an edit is linear is measured, not declared. What is not, or has no weight to live in, is refused with the reason.
+Everything is computed in float32 from the frozen weight and rounded once to the base's type, so that each merged weight is within half a
+unit in the last place of the exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from inlay.core.edit import Call
+from inlay.core.errors import InlayError
+from inlay.core.host import Host
+from inlay.core.site import Site
+
+
+@dataclass
+class Merged:
+    """What a merge did, and the way back."""
+
+    modules: list[str]
+    """Paths of the changed layers."""
+    rounding: float
+    """Largest difference between a merged weight before and after rounding to the base's type, relative to the largest weight."""
+    deviation: float
+    """Largest difference of logits between the adapter and the merged model, measured on random ids."""
+    logits: float
+    """Largest logit in that measurement, for scale."""
+    untied: bool = False
+    """Whether embedding and head had to part."""
+    _kept: dict[nn.Parameter, Tensor] = field(default_factory=dict, repr=False)
+
+    def undo(self) -> None:
+        """Put the base's own weights back, from the copies kept (not by subtraction). A head that was untied stays so."""
+        for p, old in self._kept.items():
+            p.data.copy_(old)
+
+
+@torch.no_grad()
+def merged(host: Host, name: str) -> dict[str, Tensor]:
+    """{parameter name: new value in float32} that the adapter amounts to; the model is not touched."""
+    host._known(name)
+    edit = host.edits[name]
+    if edit.room:
+        raise InlayError(f"{name!r} ({edit.kind}) adds virtual tokens: there is no weight to merge it into; keep it as an adapter")
+    layers: dict[str, list[Site]] = {}
+    for site in host.sites.values():
+        if name in site.places:
+            layers.setdefault(site.spot.path, []).append(site)
+    new: dict[str, Tensor] = {}
+    for path, sites in layers.items():
+        read = _norm if sites[0].spot.role == "norm" else _table if sites[0].spot.role == "embed" else _linear
+        new |= {f"{path}.{k}": v for k, v in read(host, name, path, sites).items()}
+    return new
+
+
+@torch.no_grad()
+def merge(host: Host, name: str, keep: bool = True) -> Merged:
+    """Write an adapter into the base and take it off.
+
+    Args:
+        keep: hold copies of the changed weights, so that `undo` can put them back.
+    """
+    new = merged(host, name)
+    parameters = dict(host.model.named_parameters(remove_duplicate=False))
+    for key in new:
+        p = parameters.get(key)
+        if p is None or not p.is_floating_point() or type(p.data) is not Tensor:
+            raise InlayError(f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives the float weights)")
+    vocabulary = host.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(host.device)
+    with host.using(name):
+        want = host.model(input_ids=ids).logits.float()
+    kept = {parameters[k]: parameters[k].detach().clone() for k in new} if keep else {}
+    untied = _untie(host, new)
+    parameters = dict(host.model.named_parameters(remove_duplicate=False))
+    rounding = 0.0
+    for key, value in new.items():
+        p = parameters[key]
+        p.data.copy_(value)
+        rounding = max(rounding, ((p.data.float() - value).abs().max() / value.abs().max().clamp(min=1e-12)).item())
+    paths = sorted({k.rpartition(".")[0] for k in new})
+    host.remove(name)
+    with host.using(None):
+        got = host.model(input_ids=ids).logits.float()
+    return Merged(paths, rounding, (got - want).abs().max().item(), want.abs().max().item(), untied, kept)
+
+
+def _untie(host: Host, new: dict[str, Tensor]) -> bool:
+    """Part a tied embedding and head if they are to hold different weights."""
+    if not host.tied:
+        return False
+    ends = {s.role: f"{s.path}.weight" for s in host.anatomy.spots if s.role in ("embed", "head")}
+    values = [new.get(ends.get(role, "")) for role in ("embed", "head")]
+    if all(v is None for v in values) or (None not in values and torch.equal(*values)):  # type: ignore[arg-type]
+        return False
+    head = host.model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    host.model.config.tie_word_embeddings = False
+    return True
+
+
+def _call(host: Host, name: str, site: Site, f: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Tensor], Call]:
+    place = replace(site.places[name], f=(lambda x: site.spot.part.get(f(x))) if site.spot.part else f)
+    w = {k: v.float() if v.is_floating_point() else v for k, v in site.tensors(name).items()}
+    return host.edits[name], w, Call(place)
+
+
+def _through(host: Host, name: str, sites: list[Site], f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The edited layer as a function, over `f` for the frozen one."""
+    calls = [_call(host, name, site, f) for site in sites]
+
+    def edited(x: Tensor) -> Tensor:
+        given = x
+        for edit, w, call in calls:
+            given = edit.before(w, given, call)
+        y = f(given)
+        for (edit, w, call), site in zip(calls, sites, strict=True):
+            part = site.spot.part
+            new = edit.after(w, x, part.get(y) if part else y, call)
+            y = part.put(y, new) if part else new
+        return y
+
+    return edited
+
+
+def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
+    layer = sites[0].layer
+    if not hasattr(layer, "in_features") and not hasattr(layer, "nf"):
+        raise InlayError(f"{name!r} hangs around {path!r}, which is no single weight; it cannot be merged, only kept as an adapter")
+    W, b, transposed = frozen(host, layer)
+    edited = _through(host, name, sites, lambda x: linear(x, W, b))
+    d_in = W.shape[1]
+    u, v = torch.randn(2, d_in, generator=torch.Generator().manual_seed(0)).to(W.device)
+    y = edited(torch.stack([torch.zeros_like(u), u, v, 3 * u - 2 * v])[None])[0]
+    bias, fu, fv, fw = y[0], *(y[1:] - y[0])
+    if not torch.allclose(3 * fu - 2 * fv, fw, rtol=1e-3, atol=1e-4 * float(fw.abs().max())):
+        raise InlayError(f"{name!r} ({host.edits[name].kind}) is not linear at {path!r}: it cannot be merged, only kept as an adapter")
+    if b is None and float(bias.abs().max()) > 0:
+        raise InlayError(f"{name!r} adds a bias at {path!r}, where the base has none to hold it; keep it as an adapter")
+    wide = edited(torch.eye(d_in, device=W.device)[None])[0] - bias
+    return {"weight": wide if transposed else wide.T, **({"bias": bias} if b is not None else {})}
+
+
+def frozen(host: Host, layer: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
+    """(W (D_out, D_in), bias, whether the layer stores W transposed), in float32; a quantised layer is asked, not read."""
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    transposed = hasattr(layer, "nf")
+    b = bias.detach().float() if isinstance(bias, Tensor) else None
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and type(weight.data) is Tensor:
+        W = weight.detach().float()
+        return (W.T if transposed else W), b, transposed
+    eye = torch.eye(layer.in_features, device=host.device, dtype=host.dtype)  # type: ignore[arg-type]
+    zero = layer.forward(eye.new_zeros(1, len(eye))).float()
+    return (layer.forward(eye).float() - zero).T, b, transposed
+
+
+def _table(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
+    """Some decoders (Gemma) scale inside the embedding: what is said is a multiple of the table."""
+    layer = sites[0].layer
+    table = layer.weight.detach().float()
+    ids = torch.arange(len(table), device=table.device)[None]
+    some = layer.forward(ids[:, :64]).float()
+    scale = (some.norm() / table[:64].norm()).item()
+    scale = scale if abs(scale - 1) > 1e-2 else 1.0
+    edited = _through(host, name, sites, lambda ids: embedding(ids, table) * scale)
+    return {"weight": edited(ids)[0] / scale}
+
+
+def _norm(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
+    """A norm says g * n(x) + b; x = (1, -1, 1, -1, ...) is its own normalisation, which shows g as the layer applies it."""
+    layer = sites[0].layer
+    if set(dict(layer.named_parameters(recurse=False))) - {"weight", "bias"}:
+        raise InlayError(f"{path!r} is a norm of a kind that cannot be merged into")
+    g = layer.weight.detach().float()
+    b = layer.bias.detach().float() if getattr(layer, "bias", None) is not None else torch.zeros_like(g)
+    sign = torch.ones_like(g)
+    sign[1::2] = -1
+    shown = (layer.forward(sign.to(host.dtype)[None, None])[0, 0].float() - b) * sign
+    offset = 1.0 if (shown - 1 - g).abs().max() < (shown - g).abs().max() else 0.0  # Gemma stores g - 1
+    edited = _through(host, name, sites, lambda n: n * (g + offset) + b)
+    bias = edited(torch.zeros_like(g)[None, None])[0, 0]
+    gain = edited(torch.ones_like(g)[None, None])[0, 0] - bias
+    has_bias = getattr(layer, "bias", None) is not None
+    if not has_bias and float(bias.abs().max()) > 0:
+        raise InlayError(f"{name!r} adds a bias at {path!r}, where the base has none to hold it; keep it as an adapter")
+    return {"weight": gain - offset, **({"bias": bias} if has_bias else {})}

@@ -1,0 +1,135 @@
+"""Inlay's own format: one readable JSON, and the tensors in safetensors. Strict both ways, atomic, never a pickle.
+
+    adapter.json                    method, settings, places, base and its fingerprint, versions, digests
+    adapter-<hash>.safetensors      the tensors, `3.q/A` for place 3.q; the JSON names the file
+
+Replacing the JSON is the one moment at which a save takes effect: a kill or a full disk at any time leaves the old adapter or
+the new one, never half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from inlay.core.edit import Edit
+from inlay.core.errors import InlayError, unknown
+from inlay.core.files import replace_file, sha256
+from inlay.core.fingerprint import differences, fingerprint
+from inlay.core.host import Host
+
+FORMAT, VERSION = "inlay-adapter", 1
+MEANING = ("format", "version", "method", "settings", "places", "tensors")
+"""What the JSON's own digest covers; the rest may be edited by hand."""
+
+
+def describe(edit: Edit) -> dict[str, Any]:
+    """An edit as JSON values: its kind and all its settings."""
+    return {"method": edit.kind, "settings": asdict(edit)}
+
+
+def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
+    """The edit that `describe` described."""
+    if about["method"] not in edits:
+        raise unknown("method", about["method"], edits, "A newer Inlay may know it.")
+    kind = edits[about["method"]]
+    strange = set(about["settings"]) - {f.name for f in fields(kind)}
+    if strange:
+        raise InlayError(f"method {kind.kind!r} has no settings {sorted(strange)}; a newer Inlay may have written this file")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()})
+
+
+def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None, versions: Mapping | None = None) -> Path:
+    """Write an adapter; an adapter already in the folder is replaced, and stays whole if anything fails.
+
+    Args:
+        about: anything to keep with it (template, training run, notes); JSON values.
+        versions: of the software that made it.
+    """
+    folder = Path(folder)
+    tensors = {k: v.detach().to("cpu").contiguous() for k, v in host.tensors(name).items()}
+    content = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        content.update(key.encode())
+        content.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    file = folder / f"adapter-{content.hexdigest()[:12]}.safetensors"
+    replace_file(file, lambda partial: save_file(tensors, partial))
+    places = [f"{key}:{s.places[name].wiring}".rstrip(":") for key, s in host.sites.items() if name in s.places]
+    record = {
+        "format": FORMAT, "version": VERSION, "name": name, **describe(host.edits[name]), "places": places,
+        "tensors": {"file": file.name, "sha256": sha256(file), "parameters": host.count(name)},
+        "base": {"name": getattr(host.model.config, "_name_or_path", "") or None, "family": host.anatomy.family, **fingerprint(host)},
+        "about": dict(about or {}), "versions": {"torch": torch.__version__, **(versions or {})},
+    }
+    record["digest"] = _digest(record)
+    text = json.dumps(record, indent=1) + "\n"
+    replace_file(folder / "adapter.json", lambda partial: partial.write_text(text))
+    for old in folder.glob("adapter-*.safetensors"):
+        if old != file:
+            old.unlink()
+    return folder
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps({k: record[k] for k in MEANING}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(the JSON, the tensors) of an adapter folder, both checked against their digests."""
+    folder = Path(folder)
+    file = folder / "adapter.json"
+    if not file.is_file():
+        raise InlayError(f"{folder} holds no adapter.json; an Inlay adapter is a folder with adapter.json and a .safetensors file")
+    try:
+        record = json.loads(file.read_text())
+        if record["format"] != FORMAT:
+            raise InlayError(f"{file} is of format {record['format']!r}, not {FORMAT!r}")
+        if record["version"] > VERSION:
+            raise InlayError(f"{file} is of format version {record['version']}; this Inlay reads up to {VERSION}: update it")
+        if record["digest"] != _digest(record):
+            raise InlayError(f"{file} is damaged or was edited: its digest does not match. Restore it from a copy")
+        path = folder / record["tensors"]["file"]
+        expected = record["tensors"]["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+        raise InlayError(f"{file} is damaged: {e!r}. Restore it from a copy") from e
+    if path.parent != folder or not path.is_file():
+        raise InlayError(f"{file} names the tensors {record['tensors']['file']!r}, which are not in its folder; restore them from a copy")
+    if sha256(path) != expected:
+        raise InlayError(f"{path} is damaged: its SHA-256 is not the one in adapter.json. Restore it from a copy")
+    try:
+        return record, load_file(path)
+    except SafetensorError as e:
+        raise InlayError(f"{path} cannot be read: {e}") from e
+
+
+def load(
+    host: Host, folder: str | Path, edits: Mapping[str, type[Edit]], name: str | None = None, allow_other_base: bool = False
+) -> str:
+    """Hang a saved adapter on a host and return its name. On any error the model is left unchanged.
+
+    Args:
+        name: what to call it; the name it was saved under by default.
+        allow_other_base: take an adapter whose base has other weights (not another shape) than this one.
+    """
+    record, tensors = read(folder)
+    name = name or record["name"]
+    told = differences(record["base"], fingerprint(host))
+    if told and not (allow_other_base and all("weights" in t for t in told)):
+        base = record["base"]["name"] or f"a {record['base']['family']}"
+        cure = "; allow_other_base=True takes it all the same" if all("weights" in t for t in told) else ""
+        raise InlayError(f"{folder} was trained on another base ({base}): {'; '.join(told[:3])}{cure}")
+    host.add(name, rebuild(record, edits), at=record["places"])
+    try:
+        host.fill(name, tensors)
+    except BaseException:
+        host.remove(name)
+        raise
+    return name

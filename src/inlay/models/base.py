@@ -1,0 +1,50 @@
+"""Loading a base model and its tokenizer: an embedded one, a folder, or a Hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlay.core.errors import InlayError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EMBEDDED = {"tiny-llama": "llama", "tiny-gptj": "gptj", "tiny-bloom": "bloom"}
+"""Names of the bases that come with the package."""
+
+
+def where(name: str | Path) -> str:
+    """The folder or Hub id behind a name."""
+    if str(name) in EMBEDDED:
+        from inlay.models import embedded
+
+        return str(embedded.path(EMBEDDED[str(name)]))
+    return str(name)
+
+
+def load_base(name: str | Path, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of `tiny-llama`, `tiny-gptj`, `tiny-bloom`, a folder or a Hub id. Remote code is never run.
+
+    Args:
+        dtype: `fp32`, `bf16` or `fp16`; as stored if not given, except that the embedded bases come in fp32.
+        device: where to put it; the GPU if there is one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InlayError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    path = where(name)
+    wanted = DTYPES[dtype] if dtype else torch.float32 if str(name) in EMBEDDED else "auto"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as e:
+        raise InlayError(
+            f"cannot load the base {str(name)!r}: {str(e).splitlines()[0]} Give a folder, a Hub id, or one of {', '.join(EMBEDDED)}."
+        ) from e
+    model.config._name_or_path = str(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer
