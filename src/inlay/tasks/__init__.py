@@ -1,0 +1,28 @@
+"""Data sets as declarations, two named protocols, extraction, scoring, leak reports; without torch or datasets."""
+
+from inlay.tasks.loading import load, read_records, to_json
+from inlay.tasks.protocols import CLEAN, PUBLISHED, Example, Protocol, encode, encode_all, encode_answer, encode_prompt
+from inlay.tasks.table import COMMONSENSE, MATH, TASKS, get
+from inlay.tasks.task import Record, Task
+from inlay.tasks.templates import Template
+
+__all__ = [
+    "CLEAN",
+    "COMMONSENSE",
+    "Example",
+    "MATH",
+    "PUBLISHED",
+    "Protocol",
+    "Record",
+    "TASKS",
+    "Task",
+    "Template",
+    "encode",
+    "encode_all",
+    "encode_answer",
+    "encode_prompt",
+    "get",
+    "load",
+    "read_records",
+    "to_json",
+]

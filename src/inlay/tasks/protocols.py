@@ -1,0 +1,192 @@
+"""Two named protocols, `published` and `clean`: template, loss, truncation, decoding and extraction, never mixed.
+
+Published follows LLM-Adapters to the letter, so that its numbers can be compared. Clean uses one template for
+everything, learns the answer only, and never loses an answer's end. Which one made a number is always written beside
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from inlay.core.errors import InlayError, unknown
+from inlay.tasks import extract
+from inlay.tasks.extract import Extractor
+from inlay.tasks.task import Kind, Record
+from inlay.tasks.templates import CLEAN as CLEAN_TEMPLATE
+from inlay.tasks.templates import PUBLISHED_EVAL, PUBLISHED_TRAIN, Template
+
+IGNORED = -100
+"""Label of a token that is not learned (PyTorch's `ignore_index`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How records become tokens, and generations become predictions."""
+
+    name: str
+    """`published` or `clean`: written into every result."""
+    train: Template
+    """Template of training rows."""
+    eval: Template
+    """Template of evaluation prompts."""
+    loss_on: Literal["all", "answer"]
+    """Tokens that are learned: prompt and answer, or the answer and its EOS."""
+    beams: int
+    """Beams of generation; 1 is greedy."""
+    truncation: Literal["right", "prompt"]
+    """What a row over the cutoff loses: its right end, answer and EOS included, or the middle of its prompt."""
+    response: Any = field(repr=False)
+    """Text to the model's own response."""
+    rules: Mapping[Kind, Extractor] = field(repr=False)
+    """Extraction rule per kind of answer."""
+
+    def extract(self, text: str, kind: Kind, answers: Sequence[str] = ()) -> str | None:
+        """The prediction in a model's text, as text; None for no answer. InlayError where the protocol has no rule for `kind`."""
+        if kind not in self.rules:
+            raise InlayError(f"protocol {self.name!r} has no extraction rule for {kind!r} answers; use 'clean'")
+        return self.rules[kind](self.response(text), answers)
+
+
+PUBLISHED = Protocol(
+    name="published",
+    train=PUBLISHED_TRAIN,
+    eval=PUBLISHED_EVAL,
+    loss_on="all",
+    beams=4,
+    truncation="right",
+    response=extract.published_response,
+    rules=extract.PUBLISHED,
+)
+CLEAN = Protocol(
+    name="clean",
+    train=CLEAN_TEMPLATE,
+    eval=CLEAN_TEMPLATE,
+    loss_on="answer",
+    beams=1,
+    truncation="prompt",
+    response=extract.clean_response,
+    rules=extract.CLEAN,
+)
+PROTOCOLS = {p.name: p for p in (PUBLISHED, CLEAN)}
+
+
+def get(name: str | Protocol) -> Protocol:
+    """The protocol of this name; a Protocol is returned as it is. InlayError, listing the names, where there is none."""
+    if isinstance(name, Protocol):
+        return name
+    if name.lower() not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name.lower()]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of tokens."""
+
+    input_ids: list[int]
+    """Token ids, without padding."""
+    labels: list[int]
+    """As `input_ids`, with -100 where nothing is learned."""
+    truncated: bool
+    """Whether tokens were cut to fit the cutoff."""
+
+
+def encode(record: Record, tokenizer: Any, protocol: Protocol, cutoff: int) -> Example:
+    """A training row of at most `cutoff` tokens.
+
+    published: the whole text at once, cut on the right; EOS follows if there is room and it does not end in one
+    already; every token is learned. clean: prompt, answer and EOS are encoded apart, so that generation meets the very
+    same tokens; only answer and EOS are learned; a prompt too long loses its middle, from a quarter on.
+
+    Raises InlayError for a tokenizer without EOS and, in clean, for an empty answer or one that fills the cutoff alone.
+    """
+    _check(tokenizer, cutoff)
+    prompt, answer = protocol.train.render(record)
+    if protocol.truncation == "right":
+        ids, cut = _cut_right(tokenizer, prompt + answer, cutoff)
+        if len(ids) < cutoff and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        return Example(ids, list(ids), cut)
+    if not answer.strip():
+        raise InlayError(f"nothing to learn: the output of the record {record.instruction[:60]!r} is empty")
+    tail = [*encode_answer(answer, tokenizer), tokenizer.eos_token_id]
+    if len(tail) >= cutoff:
+        raise InlayError(
+            f"the answer alone has {len(tail)} tokens with its EOS, the cutoff is {cutoff}: raise the cutoff or drop the record "
+            f"{record.instruction[:60]!r}"
+        )
+    head, cut = _cut_middle(_prompt_ids(prompt, tokenizer), cutoff - len(tail))
+    return Example(head + tail, [IGNORED] * len(head) + tail, cut)
+
+
+def encode_prompt(record: Record, tokenizer: Any, protocol: Protocol, cutoff: int | None = None) -> Example:
+    """An evaluation prompt; all its labels are -100.
+
+    published: never cut (as `evaluate.py`), so one longer than `cutoff` is an InlayError. clean: loses its middle
+    beyond `cutoff`.
+    """
+    _check(tokenizer, cutoff)
+    text = protocol.eval.prompt(record)
+    if protocol.truncation == "right":
+        ids, cut = list(tokenizer(text)["input_ids"]), False
+        if cutoff is not None and len(ids) > cutoff:
+            raise InlayError(
+                f"prompt of {len(ids)} tokens over the cutoff {cutoff}; the published protocol never cuts a prompt"
+            )
+    else:
+        ids = _prompt_ids(text, tokenizer)
+        ids, cut = (ids, False) if cutoff is None else _cut_middle(ids, cutoff)
+    return Example(ids, [IGNORED] * len(ids), cut)
+
+
+def encode_answer(text: str, tokenizer: Any) -> list[int]:
+    """Ids of an answer as `encode` (clean) places them behind a prompt: no special tokens. For scoring options, too."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_all(
+    records: Iterable[Record], tokenizer: Any, protocol: Protocol, cutoff: int, progress: bool = False
+) -> tuple[list[Example], int]:
+    """Every record encoded, and how many rows were truncated. progress: show a bar."""
+    rows = list(records)
+    if progress:
+        from rich.progress import track
+
+        examples = [encode(r, tokenizer, protocol, cutoff) for r in track(rows, "tokenising")]
+    else:
+        examples = [encode(r, tokenizer, protocol, cutoff) for r in rows]
+    return examples, sum(e.truncated for e in examples)
+
+
+def _check(tokenizer: Any, cutoff: int | None) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InlayError("the tokenizer has no end-of-sequence token; set `tokenizer.eos_token`")
+    if cutoff is not None and cutoff < 1:
+        raise InlayError(f"cutoff {cutoff}: at least 1 token is needed")
+
+
+def _prompt_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids with the tokenizer's own start token; an EOS that some tokenizers append is taken off again."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _cut_right(tokenizer: Any, text: str, cutoff: int) -> tuple[list[int], bool]:
+    side = getattr(tokenizer, "truncation_side", "right")
+    tokenizer.truncation_side = "right"
+    try:
+        ids = list(tokenizer(text, truncation=True, max_length=cutoff)["input_ids"])
+    finally:
+        tokenizer.truncation_side = side
+    return ids, len(ids) == cutoff and len(tokenizer(text, verbose=False)["input_ids"]) > cutoff
+
+
+def _cut_middle(ids: list[int], room: int) -> tuple[list[int], bool]:
+    """At most `room` ids: the first quarter of the room from the front (start token, heading), the rest from the end."""
+    if len(ids) <= room:
+        return ids, False
+    front = room // 4
+    return ids[:front] + ids[len(ids) - (room - front) :], True
