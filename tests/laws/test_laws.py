@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import inlay
-from tests.laws.zoo import FAMILIES, base, batch, dressed, excite, logits, methods, places, positioned, small
+from tests.laws.zoo import FAMILIES, MOE, base, batch, dressed, excite, logits, methods, places, positioned, small
 
 CASES = [(f, m) for f in FAMILIES for m in methods(f)]
 VIRTUAL = ("prefix", "prompt", "ptuning")
@@ -35,15 +35,17 @@ def test_a_fresh_adapter_changes_nothing_and_detaching_leaves_no_trace(family):
 @pytest.mark.parametrize("strategy", ["gather", "select", "stack"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(family, strategy):
-    host = dressed(family, torch.float64)
+    dtype = torch.float32 if family == "bloom" else torch.float64  # BLOOM in float64 turns padding into NaN by itself
+    host = dressed(family, dtype)
     host.strategy = strategy
     names = [*methods(family), None]
     inputs = positioned(family, batch(len(names), pad=2))
-    mixed, bare = logits(host, *names, **inputs), base(family, torch.float64)(**inputs).logits
+    mixed, bare = logits(host, *names, **inputs), base(family, dtype)(**inputs).logits
     used = inputs["attention_mask"].bool()
+    tolerance = {"bloom": 2e-5, "gptj": 1e-6}.get(family, 1e-9)  # GPT-J attends in float32 whatever its type
     for i, name in enumerate(names):
         alone = logits(host, name, **inputs)[i]
-        torch.testing.assert_close(mixed[i][used[i]], alone[used[i]], rtol=0, atol=1e-9, msg=str(name))
+        torch.testing.assert_close(mixed[i][used[i]], alone[used[i]], rtol=0, atol=tolerance, msg=str(name))
         assert name is None or (mixed[i] - bare[i])[used[i]].abs().max() > 1e-4, name
     host.strategy = "gather"
 
@@ -52,7 +54,11 @@ def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(family, strategy):
 def test_the_bare_row_of_a_mixed_batch_is_bit_identical(family):
     host = dressed(family)
     for name in (n for n in methods(family) if n not in VIRTUAL):
-        assert torch.equal(logits(host, name, None, name, **batch())[1], logits(host, None, **batch())[1]), name
+        row, alone = logits(host, name, None, name, **batch())[1], logits(host, None, **batch())[1]
+        if family in MOE:  # an expert sees the tokens of all rows at once: its matmul's shape, not its input, depends on the others
+            torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(row, alone), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,6 +152,7 @@ def test_saved_and_loaded_is_bit_equal_and_merged_is_equal_or_refused(family, na
     report = inlay.merge(host, "x")
     model = host.detach()
     torch.testing.assert_close(model(**batch()).logits, want, rtol=1e-4, atol=1e-4)
-    assert report.deviation < 1e-3 and not report.untied
+    # Gemma scales inside its embedding, so one offset means two weights
+    assert report.deviation < 1e-3 and report.untied == ((family, name) == ("gemma", "full"))
     report.undo()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -78,9 +78,9 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(host.device)
     with host.using(name):
         want = host.model(input_ids=ids).logits.float()
-    kept = {parameters[k]: parameters[k].detach().clone() for k in new} if keep else {}
     untied = _untie(host, new)
     parameters = dict(host.model.named_parameters(remove_duplicate=False))
+    kept = {parameters[k]: parameters[k].detach().clone() for k in new} if keep else {}
     rounding = 0.0
     for key, value in new.items():
         p = parameters[key]
