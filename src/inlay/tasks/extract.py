@@ -67,7 +67,7 @@ _NOT = re.compile(r"\b(?:not|rather than|instead of)\b[^,.;]*", re.IGNORECASE)
 
 
 def clean_response(text: str) -> str:
-    """The model's own turn: a leading prompt is dropped, and so is all from an end token or an invented next turn on."""
+    """The model's own turn: a leading prompt is dropped, and all from an end token or an invented next turn on."""
     lead = text.lstrip()
     if RESPONSE in text and lead.startswith(
         ("### Instruction:", "Below is an instruction", "<s>", "<|begin_of_text|>")

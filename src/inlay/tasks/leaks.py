@@ -12,15 +12,18 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import InlayError
+from inlay.tasks.loading import read_rows
 from inlay.tasks.task import Record
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _WORD = re.compile(r"[^\W_]+")
+_FIELDS = ("instruction", "original_text", "question", "sQuestion", "question_stem", "sentence", "goal", "Problem")
 _DIGITS = re.compile(r"\d+(?: \d+)*")
 
 
@@ -129,6 +132,21 @@ def report(
     index = _Index([_question(r) for r in train], ngram)
     leaks = tuple(index.leak(name, [_question(r) for r in rows], threshold, examples) for name, rows in sets.items())
     return LeakReport(len(train), len(index.exact), leaks)
+
+
+def read_questions(path: str | Path) -> list[str]:
+    """Every question of a data file, whatever its form, so that no row escapes the report.
+
+    `load` leaves out rows it cannot learn from (MAWPS's unsolved equations); a leak report must see those, too. Raises
+    InlayError, naming file and record, where a row has none of the known question fields.
+    """
+    questions = []
+    for place, row in read_rows(Path(path)):
+        name = next((n for n in _FIELDS if isinstance(row, dict) and isinstance(row.get(n), str)), None)
+        if name is None:
+            raise InlayError(f"{path}, record {place}: no question; one of the fields {', '.join(_FIELDS)} is needed")
+        questions.append(_question(Record(row[name], row.get("input") or "")))
+    return questions
 
 
 def _question(record: Record | str) -> str:

@@ -158,7 +158,7 @@ def _record(row: Any, task: Task, split: str, where: str, index: int) -> Record 
 
 
 def _plain(row: Row, task: Task, split: str, at: str) -> Record:
-    needed = ("instruction", "output") if task.group == "training" else ("instruction", "answer")
+    needed: tuple[str, ...] = ("instruction", "output") if task.group == "training" else ("instruction", "answer")
     if split == "train" and task.group != "training":
         needed = ("instruction", "output", "answer")
     values: dict[str, str] = {}

@@ -7,7 +7,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,13 +38,13 @@ class Protocol:
     """Beams of generation; 1 is greedy."""
     truncation: Literal["right", "prompt"]
     """What a row over the cutoff loses: its right end, answer and EOS included, or the middle of its prompt."""
-    response: Any = field(repr=False)
+    response: Callable[[str], str] = field(repr=False)
     """Text to the model's own response."""
     rules: Mapping[Kind, Extractor] = field(repr=False)
     """Extraction rule per kind of answer."""
 
     def extract(self, text: str, kind: Kind, answers: Sequence[str] = ()) -> str | None:
-        """The prediction in a model's text, as text; None for no answer. InlayError where the protocol has no rule for `kind`."""
+        """The prediction in a model's text; None for no answer. InlayError where there is no rule for `kind`."""
         if kind not in self.rules:
             raise InlayError(f"protocol {self.name!r} has no extraction rule for {kind!r} answers; use 'clean'")
         return self.rules[kind](self.response(text), answers)
@@ -74,7 +74,7 @@ PROTOCOLS = {p.name: p for p in (PUBLISHED, CLEAN)}
 
 
 def get(name: str | Protocol) -> Protocol:
-    """The protocol of this name; a Protocol is returned as it is. InlayError, listing the names, where there is none."""
+    """The protocol of this name; a Protocol is returned as it is. InlayError, listing them, where there is none."""
     if isinstance(name, Protocol):
         return name
     if name.lower() not in PROTOCOLS:
@@ -105,21 +105,23 @@ def encode(record: Record, tokenizer: Any, protocol: Protocol, cutoff: int) -> E
     """
     _check(tokenizer, cutoff)
     prompt, answer = protocol.train.render(record)
+    everything = protocol.loss_on == "all"
     if protocol.truncation == "right":
         ids, cut = _cut_right(tokenizer, prompt + answer, cutoff)
         if len(ids) < cutoff and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
-        return Example(ids, list(ids), cut)
+        masked = 0 if everything else len(_cut_right(tokenizer, prompt, cutoff)[0])
+        return Example(ids, _labels(ids, masked), cut)
     if not answer.strip():
         raise InlayError(f"nothing to learn: the output of the record {record.instruction[:60]!r} is empty")
     tail = [*encode_answer(answer, tokenizer), tokenizer.eos_token_id]
     if len(tail) >= cutoff:
         raise InlayError(
-            f"the answer alone has {len(tail)} tokens with its EOS, the cutoff is {cutoff}: raise the cutoff or drop the record "
-            f"{record.instruction[:60]!r}"
+            f"the answer alone has {len(tail)} tokens with its EOS, the cutoff is {cutoff}: raise the cutoff or drop "
+            f"the record {record.instruction[:60]!r}"
         )
     head, cut = _cut_middle(_prompt_ids(prompt, tokenizer), cutoff - len(tail))
-    return Example(head + tail, [IGNORED] * len(head) + tail, cut)
+    return Example(head + tail, _labels(head + tail, 0 if everything else len(head)), cut)
 
 
 def encode_prompt(record: Record, tokenizer: Any, protocol: Protocol, cutoff: int | None = None) -> Example:
@@ -161,6 +163,10 @@ def encode_all(
     return examples, sum(e.truncated for e in examples)
 
 
+def _labels(ids: list[int], prompt: int) -> list[int]:
+    return [IGNORED] * min(prompt, len(ids)) + ids[prompt:]
+
+
 def _check(tokenizer: Any, cutoff: int | None) -> None:
     if tokenizer.eos_token_id is None:
         raise InlayError("the tokenizer has no end-of-sequence token; set `tokenizer.eos_token`")
@@ -185,7 +191,7 @@ def _cut_right(tokenizer: Any, text: str, cutoff: int) -> tuple[list[int], bool]
 
 
 def _cut_middle(ids: list[int], room: int) -> tuple[list[int], bool]:
-    """At most `room` ids: the first quarter of the room from the front (start token, heading), the rest from the end."""
+    """At most `room` ids: a quarter of them from the front (start token, heading), the rest from the end."""
     if len(ids) <= room:
         return ids, False
     front = room // 4

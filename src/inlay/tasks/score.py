@@ -35,7 +35,7 @@ class Prediction:
     index: int
     """Position of the record in its data set."""
     prediction: str
-    """What was extracted; without an answer `inf` for numbers and an empty text otherwise, as LLM-Adapters writes it."""
+    """What was extracted; without an answer `inf` for numbers and an empty text otherwise (as LLM-Adapters does)."""
     label: str
     """The gold answer."""
     correct: bool
@@ -210,9 +210,9 @@ def _label(row: Mapping[str, Any], index: int, gold: list[str] | None, task: Tas
 
 
 def read_generations(path: str | Path) -> list[dict[str, Any]]:
-    """The generations of a `.jsonl`, `.jsonl.gz` or `.json` file. Raises InlayError with the line for whatever does not fit.
+    """The generations of a `.jsonl`, `.jsonl.gz` or `.json` file; each row also gets `_at`, its file and line.
 
-    Each row also gets `_at`, its file and line, for later errors.
+    Raises InlayError with the line for whatever does not fit.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []

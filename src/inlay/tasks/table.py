@@ -1,4 +1,4 @@
-"""The data sets, one declaration each. To add one, add a row here (and a builder in `build.py` if its public form is new).
+"""The data sets, one declaration each. To add one, add a row (and, for a new public form, a builder in `build.py`).
 
 Sizes: AGI-Edgerunners/LLM-Adapters, HEAD 8166572, and the public splits. Licences as generally stated upstream;
 LLM-Adapters' own `DATA_LICENSE` is ODC-By 1.0 and names none per set.

@@ -68,4 +68,4 @@ CLEAN = Template(
     f"### Instruction:\n{{instruction}}\n\n{RESPONSE}\n",
     f"### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n{RESPONSE}\n",
 )
-"""Ours: short, the same in training, evaluation and serving, and no blank that could change the answer's first token."""
+"""Ours: short, the same in training, evaluation and serving, no blank that could change the answer's first token."""
