@@ -1,0 +1,117 @@
+"""What generation and option scoring share: prompts as ids, plans per row, batches of like length, padding."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.core.errors import InlayError
+from inlay.core.host import Host
+from inlay.core.route import Worn, read_plan
+
+Prompt = str | Sequence[int]
+"""A text, encoded with the tokenizer's own start token, or token ids as they are."""
+Plan = str | None | Sequence[str | tuple[str, ...] | None]
+"""One adapter (or None, the bare base) for every prompt, or a list with one entry a prompt, as `Host.use` reads them."""
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Ids of each prompt. An end token that some tokenizers append is taken off; an empty prompt becomes the start token."""
+    if isinstance(prompts, str):
+        raise InlayError("prompts must be a list of texts, not one text")
+    found = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+        else:
+            ids = list(tokenizer(prompt)["input_ids"])
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        if not ids:
+            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            if start is None:
+                raise InlayError(f"prompt {i} is empty, and the tokenizer has no start token to stand in for it")
+            ids = [start]
+        found.append(ids)
+    return found
+
+
+def row_plans(host: Host, plan: Plan, rows: int) -> list[Worn]:
+    """What each row wears; raises InlayError for unknown adapters and a list that is not one entry a prompt."""
+    if plan is None or isinstance(plan, str):
+        return list(read_plan([plan], host.edits)) * rows
+    if len(plan) != rows:
+        raise InlayError(f"the plan has {len(plan)} entries for {rows} prompts; give one per prompt, or one name for all")
+    return list(read_plan(plan, host.edits))
+
+
+def wear(host: Host, plans: Sequence[Worn]) -> contextlib.AbstractContextManager[Host]:
+    """`host.using` for these rows; one entry where all are the same, so that routes are found again."""
+    return host.using(*(plans[:1] if len(set(plans)) == 1 else plans))
+
+
+def context(host: Host) -> int | None:
+    """Most positions the base was made for; None where it sets no limit (ALiBi)."""
+    config = host.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return None
+
+
+def room(host: Host, worn: Worn) -> int:
+    """Positions that the virtual tokens of these adapters take."""
+    return sum(host.edits[name].room for name in worn)
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `size`, longest first: like lengths share a batch, and memory runs out at once or never."""
+    if size < 1:
+        raise InlayError(f"batch_size {size}: at least 1")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for at in range(0, len(order), size):
+        yield order[at : at + size]
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, side: str) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, longest row), padded on the `left` or `right`."""
+    wide = max(map(len, rows))
+    ids = torch.full((len(rows), wide), pad)
+    mask = torch.zeros((len(rows), wide), dtype=torch.long)
+    for row, (into, seen) in zip(rows, zip(ids, mask, strict=True), strict=True):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        into[where] = torch.tensor(row, dtype=torch.long)
+        seen[where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills rows up; which one never matters, as it is masked."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in known if i is not None)
+
+
+def takes(host: Host, *names: str) -> list[bool]:
+    """Which of these arguments the base's forward has."""
+    signature = inspect.signature(host.model.forward).parameters
+    return [name in signature for name in names]
+
+
+@contextlib.contextmanager
+def quiet(host: Host) -> Iterator[None]:
+    """No dropout and no gradients; modules that were training are so again afterwards.
+
+    `no_grad` rather than `inference_mode`: the host keeps row indices between calls, and a training step must be able to use them.
+    """
+    training = [m for m in host.model.modules() if m.training]
+    host.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,233 @@
+"""Generation in mixed batches: each prompt's text is the same whatever shares its batch, and in whatever order."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inlay.core.errors import InlayError
+from inlay.core.host import Host
+from inlay.core.route import Worn
+from inlay.evaluate.batches import Plan, Prompt, batches, context, pad_id, padded, prompt_ids, quiet, room, row_plans, wear
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """How text is generated: greedily unless beams or a temperature are asked for."""
+
+    max_new_tokens: int = 256
+    """Most tokens per prompt."""
+    beams: int = 1
+    """Beams of beam search (length penalty 1, as Hugging Face's default); 1: none."""
+    temperature: float = 0.0
+    """Sampling temperature; 0: no sampling."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens that hold this share of probability; 1: from all."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0: from all."""
+    seed: int = 0
+    """Seed of sampling. Each prompt draws from its own stream, made from this and the prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a generation; they are cut off with all that follows."""
+    batch_size: int = 16
+    """Prompts per batch: speed and memory, never the result (in float32; half precision rounds by shape)."""
+
+    def __post_init__(self) -> None:
+        for name, fine in (
+            ("max_new_tokens", self.max_new_tokens > 0), ("beams", self.beams > 0), ("batch_size", self.batch_size > 0),
+            ("temperature", self.temperature >= 0), ("top_p", 0 < self.top_p <= 1), ("top_k", self.top_k >= 0),
+        ):
+            if not fine:
+                raise InlayError(f"{name} {getattr(self, name)} is out of range: {_RANGES[name]}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InlayError(f"stop must be a tuple of texts that are not empty, not {self.stop!r}")
+        if self.temperature and self.beams > 1:
+            raise InlayError(f"beams {self.beams} with temperature {self.temperature}: beam search does not sample; drop one")
+        if not self.temperature and (self.top_p < 1 or self.top_k):
+            raise InlayError("top_p and top_k do nothing without a temperature; set temperature above 0, or drop them")
+
+
+_RANGES = {
+    "max_new_tokens": "at least 1", "beams": "at least 1", "batch_size": "at least 1", "temperature": "0 or more",
+    "top_p": "above 0, at most 1", "top_k": "0 or more",
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated for one prompt."""
+
+    text: str
+    """Without the prompt, special tokens, and whatever begins at a stop text."""
+    tokens: list[int]
+    """The ids generated, an end token included."""
+    finished: Literal["eos", "stop", "length"]
+    """Why it ended: the end token, a stop text, or the limit of tokens."""
+
+
+def generate(
+    host: Host, tokenizer: Any, prompts: Sequence[Prompt], plan: Plan = None, settings: GenerateSettings | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Generation]:
+    """Generate for each prompt, in the prompts' order.
+
+    Args:
+        prompts: texts or ids.
+        plan: an adapter for all prompts (None: the bare base), or a list with one entry a prompt; what the host wears outside
+            this call does not matter and is not changed.
+        seeds: of sampling, one a prompt; by default made from `settings.seed`, the prompt's ids, and how often the same prompt
+            with the same adapter came before.
+
+    A prompt that leaves less room in the base's context than `max_new_tokens` gets the room there is (`finished` is then
+    `length`); one that leaves none is an InlayError.
+    """
+    found: list[Generation | None] = [None] * len(prompts)
+    for done, _ in generate_each(host, tokenizer, prompts, plan, settings, seeds):
+        for i, one in done.items():
+            found[i] = one
+    return found  # type: ignore[return-value]
+
+
+def generate_each(
+    host: Host, tokenizer: Any, prompts: Sequence[Prompt], plan: Plan = None, settings: GenerateSettings | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[tuple[dict[int, Generation], float]]:
+    """As `generate`, batch by batch: ({prompt's index: generation}, seconds the batch took)."""
+    settings = settings or GenerateSettings()
+    ids, plans = prompt_ids(tokenizer, prompts), row_plans(host, plan, len(prompts))
+    seeds = list(seeds) if seeds is not None else _seeds(settings.seed, ids, plans)
+    if len(seeds) != len(ids):
+        raise InlayError(f"{len(seeds)} seeds for {len(ids)} prompts")
+    limits = [_limit(host, i, row, worn, settings) for i, (row, worn) in enumerate(zip(ids, plans, strict=True))]
+    for limit in sorted(set(limits), reverse=True):
+        group = [i for i in range(len(ids)) if limits[i] == limit]
+        for batch in batches([len(ids[i]) for i in group], settings.batch_size):
+            rows = [group[j] for j in batch]
+            start = time.perf_counter()
+            with quiet(host), wear(host, [plans[i] for i in rows]):
+                made = _batch(host, tokenizer, [ids[i] for i in rows], [seeds[i] for i in rows], limit, settings)
+            yield dict(zip(rows, made, strict=True)), time.perf_counter() - start
+
+
+def _limit(host: Host, index: int, ids: Sequence[int], worn: Worn, settings: GenerateSettings) -> int:
+    most = context(host)
+    left = settings.max_new_tokens if most is None else most - room(host, worn) - len(ids)
+    if left < 1:
+        raise InlayError(
+            f"prompt {index} has {len(ids)} tokens ({room(host, worn)} virtual ones come on top), but the base's context is {most}; "
+            "shorten the prompt"
+        )
+    return min(left, settings.max_new_tokens)
+
+
+def _seeds(seed: int, ids: Sequence[Sequence[int]], plans: Sequence[Worn]) -> list[int]:
+    seen: Counter[tuple] = Counter()
+    seeds = []
+    for row, worn in zip(ids, plans, strict=True):
+        key = (tuple(row), worn)
+        text = repr((seed, list(row), seen[key])).encode()
+        seeds.append(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big"))
+        seen[key] += 1
+    return seeds
+
+
+def end_ids(host: Host, tokenizer: Any) -> list[int]:
+    """Ids that end a text: the base's own and the tokenizer's."""
+    own = getattr(host.model.generation_config, "eos_token_id", None)
+    found = [*(own if isinstance(own, list | tuple) else [own]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(i for i in found if i is not None))
+
+
+def _batch(
+    host: Host, tokenizer: Any, rows: list[list[int]], seeds: list[int], limit: int, settings: GenerateSettings
+) -> list[Generation]:
+    ids, mask = padded(rows, pad_id(tokenizer), host.device, "left")
+    wide = ids.shape[1]
+    ends = end_ids(host, tokenizer)
+    with _plain_config(host, ends, pad_id(tokenizer)):
+        out = host.model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=limit, num_beams=settings.beams, do_sample=False, use_cache=True,
+            logits_processor=[_sampler(seeds, limit, wide, settings)] if settings.temperature else None,
+            stopping_criteria=[_stopper(tokenizer, settings.stop, wide)] if settings.stop else None,
+        )
+    return [_finish(row, tokenizer, ends, settings.stop) for row in out[:, wide:].tolist()]
+
+
+@contextlib.contextmanager
+def _plain_config(host: Host, ends: list[int], pad: int) -> Iterator[None]:
+    """Generation defaults that came with the base (temperatures, penalties) would leak into every call: set them aside."""
+    from transformers import GenerationConfig
+
+    own = host.model.generation_config
+    host.model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        host.model.generation_config = own
+
+
+def _finish(tokens: list[int], tokenizer: Any, ends: list[int], stop: tuple[str, ...]) -> Generation:
+    end = next((i for i, t in enumerate(tokens) if t in ends), None)
+    spoken = tokens if end is None else tokens[:end]
+    text = _text(tokenizer, spoken)
+    cuts = [at for s in stop if (at := text.find(s)) >= 0]
+    if not cuts:
+        return Generation(text, tokens if end is None else tokens[: end + 1], "length" if end is None else "eos")
+    hit = bisect.bisect_left(range(1, len(spoken) + 1), True, key=lambda n: any(s in _text(tokenizer, spoken[:n]) for s in stop))
+    return Generation(text[: min(cuts)], spoken[: hit + 1], "stop")
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _stopper(tokenizer: Any, stop: tuple[str, ...], start: int):
+    """Ends rows whose new text holds a stop text. Only their last tokens are read; each but special ones adds a byte or more."""
+    from transformers import StoppingCriteria
+
+    tail = max(len(s.encode()) for s in stop) + 8
+
+    class Stopper(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            new = input_ids[:, max(start, input_ids.shape[1] - tail) :].tolist()
+            return torch.tensor([any(s in _text(tokenizer, row) for s in stop) for row in new], device=input_ids.device)
+
+    return Stopper()
+
+
+def _sampler(seeds: list[int], limit: int, start: int, settings: GenerateSettings):
+    """Sampling by inversion, one uniform number per row and step, so that a row's draws are its own."""
+    from transformers import LogitsProcessor
+
+    draws = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
+
+    class Sampler(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            at = draws[:, input_ids.shape[1] - start].to(scores.device)
+            chosen = pick(scores, at, settings)
+            return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+    return Sampler()
+
+
+def pick(scores: Tensor, draw: Tensor, settings: GenerateSettings) -> Tensor:
+    """Token per row (B,) for a uniform number per row (B,): temperature, then top-k, then top-p (Holtzman et al. 2020)."""
+    p, order = (scores.double() / settings.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if settings.top_k:
+        p[:, settings.top_k :] = 0
+        p = p / p.sum(-1, keepdim=True)
+    before = p.cumsum(-1) - p
+    p = torch.where(before < settings.top_p, p, 0.0)
+    reach = p.cumsum(-1)
+    place = torch.searchsorted(reach, draw[:, None] * reach[:, -1:], right=True)
+    last = (p > 0).sum(-1, keepdim=True) - 1
+    return order.gather(1, torch.minimum(place, last))[:, 0]

@@ -1,0 +1,154 @@
+"""Scoring options by their log-likelihood: multiple choice without generating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inlay.core.errors import InlayError, unknown
+from inlay.core.host import Host
+from inlay.core.route import Worn
+from inlay.evaluate.batches import Plan, Prompt, context, pad_id, padded, prompt_ids, quiet, room, row_plans, takes, wear
+
+Normalise = Literal["none", "tokens", "bytes"]
+NORMALISE: tuple[Normalise, ...] = ("none", "tokens", "bytes")
+
+
+def option_scores(
+    host: Host, tokenizer: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[Prompt]], plan: Plan = None,
+    normalise: Normalise = "none", *, batch_size: int = 32, share: bool = True,
+) -> list[list[float]]:
+    """Log-likelihood of each option behind its prompt, in nats; the largest is the prediction.
+
+    Args:
+        prompts: texts or ids.
+        options: per prompt, the continuations, texts or ids. A text is encoded apart from its prompt and without special tokens,
+            so that a row is exactly what training on (prompt, answer) under the clean protocol saw.
+        plan: as in `generate`.
+        normalise: `tokens` and `bytes` divide by the option's tokens or UTF-8 bytes (for options of unlike length).
+        batch_size: rows (prompt x option) per forward; not the result.
+        share: compute each prompt once and read its options from the same KV cache; the plain way otherwise.
+    """
+    if normalise not in NORMALISE:
+        raise unknown("normalisation", normalise, NORMALISE)
+    found: list[list[float]] = [[] for _ in prompts]
+    for i, scores in option_scores_each(host, tokenizer, prompts, options, plan, batch_size=batch_size, share=share):
+        found[i] = [_normalised(s, o, normalise, tokenizer) for s, o in zip(scores, options[i], strict=True)]
+    return found
+
+
+def _normalised(score: float, option: Prompt, how: Normalise, tokenizer: Any) -> float:
+    if how == "tokens":
+        return score / len(_option_ids(tokenizer, option))
+    if how == "bytes":
+        text = option if isinstance(option, str) else tokenizer.decode(list(option))
+        return score / len(text.encode())
+    return score
+
+
+def option_scores_each(
+    host: Host, tokenizer: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[Prompt]], plan: Plan = None, *,
+    batch_size: int = 32, share: bool = True,
+) -> Iterator[tuple[int, list[float]]]:
+    """(prompt's index, sums of log-probabilities per option), as batches are done."""
+    if len(options) != len(prompts):
+        raise InlayError(f"{len(options)} lists of options for {len(prompts)} prompts; give one list per prompt")
+    if batch_size < 1:
+        raise InlayError(f"batch_size {batch_size}: at least 1")
+    heads, plans = prompt_ids(tokenizer, prompts), row_plans(host, plan, len(prompts))
+    tails = [[_option_ids(tokenizer, o) for o in own] for own in options]
+    _check(host, heads, tails, plans)
+    for group in _groups(heads, tails, batch_size):
+        with quiet(host):
+            args = ([heads[i] for i in group], [tails[i] for i in group], [plans[i] for i in group])
+            scores = (_shared(host, tokenizer, *args) if share else None) or _plain(host, tokenizer, *args, batch_size)
+        yield from zip(group, scores, strict=True)
+
+
+def _option_ids(tokenizer: Any, option: Prompt) -> list[int]:
+    return list(tokenizer(option, add_special_tokens=False)["input_ids"]) if isinstance(option, str) else list(option)
+
+
+def _check(host: Host, heads: list[list[int]], tails: list[list[list[int]]], plans: list[Worn]) -> None:
+    most = context(host)
+    for i, (head, own, worn) in enumerate(zip(heads, tails, plans, strict=True)):
+        if not own or not all(own):
+            raise InlayError(f"prompt {i} has {'an option without tokens' if own else 'no options'}: nothing to score")
+        need = room(host, worn) + len(head) + max(map(len, own))
+        if most is not None and need > most:
+            raise InlayError(f"prompt {i} with its longest option needs {need} positions, the base's context is {most}; shorten it")
+
+
+def _groups(heads: list[list[int]], tails: list[list[list[int]]], size: int) -> Iterator[list[int]]:
+    """Prompts of like length whose options fill at most `size` rows."""
+    group: list[int] = []
+    rows = 0
+    for i in sorted(range(len(heads)), key=lambda i: (-len(heads[i]), i)):
+        if group and rows + len(tails[i]) > size:
+            yield group
+            group, rows = [], 0
+        group.append(i)
+        rows += len(tails[i])
+    if group:
+        yield group
+
+
+def _shared(
+    host: Host, tokenizer: Any, heads: list[list[int]], tails: list[list[list[int]]], plans: list[Worn]
+) -> list[list[float]] | None:
+    """Prompts once, then all options on copies of the prompts' cache; None where the base's cache cannot be copied by row."""
+    ids, mask = padded(heads, pad_id(tokenizer), host.device, "left")
+    with_positions, with_keep = takes(host, "position_ids", "logits_to_keep")
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    more: dict[str, Any] = {"position_ids": position} if with_positions else {}
+    with wear(host, plans):
+        out = host.model(
+            input_ids=ids, attention_mask=mask, use_cache=True, **more, **({"logits_to_keep": 1} if with_keep else {})
+        )
+    first = out.logits[:, -1].float().log_softmax(-1)
+    owner = torch.tensor([i for i, own in enumerate(tails) for _ in own], device=host.device)
+    rows = [t for own in tails for t in own]
+    total = first[owner, torch.tensor([t[0] for t in rows], device=host.device)].double()
+    if max(map(len, rows)) > 1:
+        cache = out.past_key_values
+        if not hasattr(cache, "batch_select_indices"):
+            return None
+        cache.batch_select_indices(owner)
+        more_ids, more_mask = padded([t[:-1] for t in rows], pad_id(tokenizer), host.device, "right")
+        whole = torch.cat([mask[owner], more_mask], 1)
+        more = {"position_ids": (whole.cumsum(-1) - 1)[:, mask.shape[1] :]} if with_positions else {}
+        with wear(host, [plans[i] for i in owner.tolist()]):
+            logits = host.model(input_ids=more_ids, attention_mask=whole, past_key_values=cache, use_cache=True, **more).logits
+        total += _gathered(logits, [t[1:] for t in rows], [0] * len(rows))
+    return _by_prompt(total, tails)
+
+
+def _plain(
+    host: Host, tokenizer: Any, heads: list[list[int]], tails: list[list[list[int]]], plans: list[Worn], size: int
+) -> list[list[float]]:
+    rows = [(head, tail, worn) for head, own, worn in zip(heads, tails, plans, strict=True) for tail in own]
+    totals = []
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        ids, mask = padded([h + t[:-1] for h, t, _ in part], pad_id(tokenizer), host.device, "right")
+        with wear(host, [worn for *_, worn in part]):
+            logits = host.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        totals.append(_gathered(logits, [t for _, t, _ in part], [len(h) - 1 for h, *_ in part]))
+    return _by_prompt(torch.cat(totals), tails)
+
+
+def _gathered(logits: Tensor, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+    """Sum of each row's token log-probabilities (B,), its first token being predicted at `start`."""
+    sums = []
+    for row, start, line in zip(rows, starts, logits, strict=True):
+        logp = line[start : start + len(row)].float().log_softmax(-1)
+        sums.append(logp[torch.arange(len(row)), torch.tensor(row, dtype=torch.long, device=logits.device)].double().sum())
+    return torch.stack(sums)
+
+
+def _by_prompt(total: Tensor, tails: list[list[list[int]]]) -> list[list[float]]:
+    flat = iter(total.tolist())
+    return [[next(flat) for _ in own] for own in tails]
