@@ -58,7 +58,7 @@ class DataSettings:
     val_size: int = 0
     """Records drawn from the training set for validation, where there is no `val_file`."""
     limit: int | None = None
-    """Use only the first so many records of the training set."""
+    """At most so many training records, drawn with the seed (of a generated task: how many are generated)."""
     protocol: str = "published"
     """Prompt template and loss: `published` (LLM-Adapters' strings, loss on the prompt too) or `clean` (loss on the answer)."""
     cutoff: int = 256
@@ -159,7 +159,7 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is learned: a run continues only under the same ones."""
     plain = to_plain(settings)
     plain.pop("out")
-    for name in ("loggers", "project", "progress", "keep_last", "device"):
+    for name in ("loggers", "project", "progress", "save_every", "keep_last", "device"):
         plain["run"].pop(name)
     return plain
 

@@ -1,0 +1,127 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in a folder that is whole or not there.
+
+    checkpoint-<step>/adapter.safetensors   the adapter's tensors, named as `Host.tensors` names them
+    checkpoint-<step>/state.pt              optimizer, schedule, scaler, random states, the method's own state
+    checkpoint-<step>/checkpoint.json       step, position in the data, losses, settings, data digest
+
+`state.pt` holds tensors and plain values only and is read with `weights_only=True`: no pickled code is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inlay.core.errors import InlayError
+from inlay.core.files import new_folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds, read back."""
+
+    path: Path
+    adapter: dict[str, Tensor]
+    state: dict[str, Any]
+    about: dict[str, Any]
+
+
+def random_states() -> dict[str, Any]:
+    """Python's, NumPy's and PyTorch's generators as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    states: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of `random_states`."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def write(run_dir: Path, step: int, adapter: dict[str, Tensor], state: dict[str, Any], about: dict[str, Any]) -> Path:
+    """Write `checkpoint-<step>`. Whatever fails, the checkpoints that were there stay, and an InlayError says why."""
+    path, aside = run_dir / f"checkpoint-{step}", run_dir / f".checkpoint-{step}.old"
+    try:
+        if path.exists():  # a run that was taken back to an earlier step passes this one again
+            path.rename(aside)
+        with new_folder(path) as folder:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in adapter.items()}, folder / "adapter.safetensors")
+            torch.save(state, folder / "state.pt")
+            (folder / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
+    except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError, depending on who writes
+        clean(run_dir)
+        raise InlayError(f"cannot write {path}: {e}. {last_good(run_dir)} Make room, then resume.") from e
+    shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def last_good(run_dir: Path) -> str:
+    """A sentence that tells where a run can go on from."""
+    there = steps(run_dir)
+    return f"The last good checkpoint is {run_dir / f'checkpoint-{there[-1]}'}." if there else "No checkpoint was written yet."
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, ascending."""
+    names = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in run_dir.glob("checkpoint-*"))
+    return sorted(int(m[1]) for m in names if m)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what interrupted writes left behind; a checkpoint that was moved aside for one comes back."""
+    for aside in run_dir.glob(".checkpoint-*.old"):
+        path = run_dir / aside.name[1:-4]
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
+    for partial in [*run_dir.glob(".*.partial"), *(run_dir / "adapter").glob(".*.partial")]:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def prune(run_dir: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the last `keep_last` checkpoints and the best one."""
+    keep = {*steps(run_dir)[-keep_last:], best}
+    for step in steps(run_dir):
+        if step not in keep:
+            path = run_dir / f"checkpoint-{step}"
+            gone = run_dir / f".checkpoint-{step}.gone.partial"  # renamed first: a kill must not leave half a checkpoint
+            path.rename(gone)
+            shutil.rmtree(gone)
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint folder; raises InlayError if there is none or it is damaged."""
+    if not (path / "checkpoint.json").is_file():
+        raise InlayError(f"{path} is no checkpoint: it has no checkpoint.json. {last_good(path.parent)}")
+    try:
+        about = json.loads((path / "checkpoint.json").read_text())
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return Checkpoint(path, load_file(path / "adapter.safetensors"), state, about)
+    except Exception as e:
+        others = [s for s in steps(path.parent) if path.name != f"checkpoint-{s}"]
+        there = ", ".join(f"checkpoint-{s}" for s in others) or "nothing"
+        raise InlayError(f"{path} is damaged ({e}). Resume from another one; there is: {there}") from e

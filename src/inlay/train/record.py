@@ -1,0 +1,145 @@
+"""A run folder: what was asked, on which machine, from which data; who may write into it, and where it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlay.core.errors import InlayError
+from inlay.core.files import replace_file
+from inlay.train import checkpoint
+from inlay.train.batches import Example, digest, learned
+from inlay.train.checkpoint import Checkpoint
+from inlay.train.settings import TrainSettings, differences, identity, read_recipe, to_yaml
+
+OURS = ("settings.yaml", "environment.json", "data.json", "metrics.jsonl", "log.txt", "wandb.id", "tensorboard", "adapter")
+"""What a run writes, besides its checkpoints."""
+PACKAGES = ("inlay", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "accelerate")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go when the process ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(run_dir / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise InlayError(f"another process is training in {run_dir}; wait for it, or choose another folder") from e
+        yield
+
+
+def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, overwrite: bool) -> Checkpoint | None:
+    """Make the folder ready and return the checkpoint to go on from, if any. Raises InlayError rather than mix two runs."""
+    if resume and overwrite:
+        raise InlayError("resume and overwrite exclude each other: go on, or begin again")
+    checkpoint.clean(run_dir)
+    if overwrite:
+        _wipe(run_dir)
+    there = [n for n in OURS if (run_dir / n).exists()] + [f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]
+    before = run_dir / "settings.yaml"
+    if before.exists():
+        changed = differences(identity(read_recipe(before, TrainSettings)), identity(settings))
+        if changed or not resume:
+            what = f"with other settings ({'; '.join(changed)})" if changed else "with these settings"
+            cure = "" if changed else "resume to go on with it, "
+            raise InlayError(f"{run_dir} holds a run {what}: {cure}overwrite to replace it, or choose another folder")
+    elif there:
+        raise InlayError(f"{run_dir} has no settings.yaml but {', '.join(there[:5])}; choose another folder, or overwrite these")
+    found = _latest(run_dir, resume)
+    if found is not None and (changed := differences(found.about["settings"], identity(settings))):
+        raise InlayError(f"{found.path} was made under other settings: {'; '.join(changed)}")
+    replace_file(before, lambda partial: partial.write_text(to_yaml(settings), encoding="utf-8"))
+    return found
+
+
+def _latest(run_dir: Path, resume: bool | str | Path) -> Checkpoint | None:
+    if isinstance(resume, (str, Path)):
+        return checkpoint.read(Path(resume))
+    there = checkpoint.steps(run_dir)
+    return checkpoint.read(run_dir / f"checkpoint-{there[-1]}") if resume and there else None
+
+
+def _wipe(run_dir: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for path in [run_dir / n for n in OURS] + [run_dir / f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Software, hardware and the commit that ran."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that inlay runs from, if it is one; `+` marks changed files."""
+    here = Path(__file__).parents[3]
+    if not (here / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(here)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True).stdout
+        return head + ("+" if dirty.strip() else "")
+    return None
+
+
+def write_environment(run_dir: Path, device: torch.device, step: int) -> list[str]:
+    """Add this session to `environment.json`; returns in what it differs from the one before."""
+    path = run_dir / "environment.json"
+    sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+    now = environment(device)
+    changed = differences({k: sessions[-1][k] for k in now}, now) if sessions else []
+    about = {"from_step": step, "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv}
+    write_json(path, {"sessions": [*sessions, {**about, **now}]})
+    return changed
+
+
+def counts(examples: Sequence[Example], kept: Sequence[Example]) -> dict[str, Any]:
+    """What `data.json` says of a set of examples."""
+    return {
+        "examples": len(kept),
+        "without_a_token_to_learn": len(examples) - len(kept),
+        "truncated": sum(bool(getattr(e, "truncated", False)) for e in kept),
+        "tokens": sum(len(e.input_ids) for e in kept),
+        "learned_tokens": sum(learned(e) for e in kept),
+        "longest": max(len(e.input_ids) for e in kept),
+        "sha256_of_tokens": digest(kept),
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON file, never half written."""
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -1,0 +1,99 @@
+"""`train(settings)`: from a recipe to an adapter. Loads base and data, hangs the adapter, and lets `fit` do the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inlay.core.errors import InlayError
+from inlay.core.files import sha256
+from inlay.train.loop import RunResult, fit, seed_everything
+from inlay.train.settings import DataSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from inlay.tasks import Protocol, Record
+
+
+def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwrite: bool = False) -> RunResult:
+    """Train one adapter as the settings say and leave it in `<out>/adapter`.
+
+    Args:
+        resume: True goes on from the last checkpoint in `settings.out`, or begins if there is none; a path names the checkpoint.
+        overwrite: replace the run in `settings.out`.
+
+    Raises:
+        InlayError: as `fit`, and for an unknown base, method, setting, place, task or file.
+    """
+    from inlay.api import attach
+    from inlay.methods import method
+    from inlay.models.base import load_base
+    from inlay.tasks import encode_all, protocols
+
+    # Whatever is cheap to get wrong is looked at before the base is loaded.
+    row = method(settings.method)
+    edit = row.make(**settings.settings)
+    protocol = protocols.get(settings.data.protocol)
+    records, val_records = read(settings.data, settings.run.seed)
+    model, tokenizer = load_base(settings.model, settings.run.dtype, settings.run.device)
+    seed_everything(settings.run.seed)
+    host = attach(model)
+    host.add(settings.name, edit, at=settings.at if settings.at is not None else row.places, seed=settings.run.seed)
+    cutoff, show = settings.data.cutoff, settings.run.progress
+    examples, _ = encode_all(records, tokenizer, protocol, cutoff, progress=show)
+    val_examples, _ = encode_all(val_records, tokenizer, protocol, cutoff) if val_records else ([], 0)
+    facts = provenance(settings.data, protocol)
+    return fit(
+        host, settings.name, examples, val_examples, settings, settings.out, tokenizer, resume=resume, overwrite=overwrite, facts=facts
+    )
+
+
+def read(data: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training records, validation records), the latter from their own file or drawn from the former with the seed."""
+    from inlay.tasks import Task, load
+
+    if data.task is None and data.train_file is None:
+        raise InlayError("nothing to train on: give data.task (see inlay.tasks.TASKS), data.train_file, or both")
+    if data.val_file is not None and data.val_size:
+        raise InlayError("give val_file or val_size, not both")
+    file = Task(name="your file", kind="text", group="training", licence="not known", sizes={})
+    records = load(data.task or file, "train", data.train_file, data.limit, seed)
+    if data.val_file is not None:
+        return records, load(file, "train", data.val_file)
+    if data.val_size >= len(records):
+        raise InlayError(f"val_size {data.val_size} leaves nothing to train on: there are {len(records)} records")
+    held = set(random.Random(seed).sample(range(len(records)), data.val_size))
+    return [r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)]
+
+
+def provenance(data: DataSettings, protocol: Protocol) -> dict[str, Any]:
+    """Where the data came from and how it was written out, for `data.json`."""
+    from inlay.tasks import get
+
+    template = protocol.train
+    shown = hashlib.sha256(f"{template.bare}\0{template.paired}".encode()).hexdigest()
+    task = get(data.task) if data.task is not None else None
+    return {
+        "task": task.name if task else None,
+        "licence": task.licence if task else None,
+        "leaks": leak_hint(task.note if task else ""),
+        "files": _files([data.train_file, data.val_file]),
+        "protocol": protocol.name,
+        "loss_on": protocol.loss_on,
+        "template": {"name": template.name, "sha256": shown},
+    }
+
+
+def _files(paths: Sequence[Path | None]) -> list[dict[str, Any]]:
+    found = []
+    for path in (p for p in paths if p is not None):
+        whole = path.is_file()
+        found.append({"path": str(path.resolve()), "sha256": sha256(path) if whole else None, "bytes": path.stat().st_size if whole else None})
+    return found
+
+
+def leak_hint(note: str) -> str:
+    """What is known of the overlap with test sets, and how to measure it."""
+    return f"{note + '. ' if note else ''}Not measured here: inlay.tasks.leaks.report(train, test) counts test questions in a training set"
