@@ -50,9 +50,10 @@ class Host:
         self.now = Route()
         self.plan: tuple[Worn, ...] = ((),)
         self.side: dict[str, Tensor] = {}
+        self._bare = True
         self._depth = 0
         self._wide = 0
-        self._routes: dict[tuple, tuple[Route, room.Room | None]] = {}
+        self._ready: tuple[Route, room.Room | None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._checkpointed = replay.checkpointed(model)
@@ -126,7 +127,7 @@ class Host:
             self.edits.pop(name)
             some = ", ".join(list(spots)[:4])
             raise InlayError(f"{edit.kind} has nothing to train at {some}{' ...' if len(spots) > 4 else ''}; see its settings")
-        self._routes.clear()
+        self._ready = None
         return self
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -160,8 +161,7 @@ class Host:
             del self.common[name]
             delattr(self.model, f"inlay_{name}")
         del self.edits[name]
-        self.plan = tuple(tuple(n for n in names if n != name) for names in self.plan)
-        self._routes.clear()
+        self._choose(tuple(tuple(n for n in names if n != name) for names in self.plan), self.side)
         return self
 
     def detach(self) -> nn.Module:
@@ -186,10 +186,13 @@ class Host:
         Args:
             side: further inputs per row (B, ...), for methods that read them.
         """
-        self.plan = read_plan(plan or (None,), self.edits)
-        self.side = dict(side or {})
-        self.now = Route()
+        self._choose(read_plan(plan or (None,), self.edits), dict(side or {}))
         return self
+
+    def _choose(self, plan: tuple[Worn, ...], side: dict[str, Tensor]) -> None:
+        # Routed here and not in the forward, so that a compiled graph meets tensors and never a plan.
+        self.plan, self.side, self.now, self._bare = plan, side, Route(), not any(plan)
+        self._ready = None if self._bare else self._routed(len(plan))
 
     @contextlib.contextmanager
     def using(self, *plan: str | tuple[str, ...] | None, side: Mapping[str, Tensor] | None = None) -> Iterator[Host]:
@@ -198,8 +201,7 @@ class Host:
         try:
             yield self.use(*plan, side=side)
         finally:
-            self.plan, self.side = before
-            self.now = Route()
+            self._choose(tuple(tuple(n for n in names if n in self.edits) for names in before[0]), before[1])
 
     def _known(self, name: str) -> None:
         if name not in self.edits:
@@ -252,7 +254,7 @@ class Host:
         self._depth += 1
         if self._depth > 1:
             return None
-        if not any(self.plan):
+        if self._bare:
             self.now = Route()
             return None
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
@@ -260,8 +262,11 @@ class Host:
         seen = int(past.get_seq_length()) if past is not None else 0
         if self._checkpointed and torch.is_grad_enabled():
             replay.wrap(self, self._checkpointed)
-        base, space = self._route(ids.shape[0])
-        side = {k: v.repeat_interleave(ids.shape[0] // len(v), 0) for k, v in self.side.items()}
+        batch = ids.shape[0]
+        if self._ready is None or self._ready[0].batch != batch:  # beam search repeats the rows of the plan
+            self._ready = self._routed(batch)
+        base, space = self._ready
+        side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.side.items()}
         self.now = replace(base, seen=seen, training=model.training, side=side)
         if space is None:
             return None
@@ -274,15 +279,9 @@ class Host:
             past._inlay_wide = space.wide
         return (), kwargs
 
-    def _route(self, batch: int) -> tuple[Route, room.Room | None]:
-        key = (self.plan, batch, self.device)
-        if key not in self._routes:
-            if len(self._routes) > 64:
-                self._routes.clear()
-            made = route(self.plan, list(self.edits), batch, self.device)
-            space = room.plan_room(spread(self.plan, batch), self.edits, self.device)
-            self._routes[key] = made, space
-        return self._routes[key]
+    def _routed(self, batch: int) -> tuple[Route, room.Room | None]:
+        made = route(self.plan, list(self.edits), batch, self.device)
+        return made, room.plan_room(spread(self.plan, batch), self.edits, self.device)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, out):
         self._depth -= 1
