@@ -1,0 +1,1 @@
+"""Comparisons with the libraries whose files Inlay reads and writes."""
