@@ -128,18 +128,18 @@ def _letters(said: str, answers: Sequence[str]) -> set[str]:
 
 
 def clean_letter(text: str, answers: Sequence[str] = "ABCDE") -> str | None:
-    """The letter of the last statement that names one; else a response that is only a letter or begins `C)`; else the
-    one `(C)` or `option C` it holds. Two letters in that statement, or several without one, are no answer.
+    """The letter of the last statement that names one; else a response that is only a letter; else the one letter
+    it holds as `(C)`, `option C` or a line's `C)`. Two letters in that statement, or several without one: no answer.
     """
     for said in reversed(statements(text)):
         named = _letters(said, answers)
         if named:
             return named.pop() if len(named) == 1 else None
     one = f"[{''.join(answers)}]"
-    alone = re.match(rf"\s*(?:\(({one})\)|({one})(?:\)|[.:]?\s*$))", text)
+    alone = re.fullmatch(rf"\s*({one})[.:)]?\s*", text)
     if alone:
-        return alone[1] or alone[2]
-    named = set(re.findall(rf"\(({one})\)", text))
+        return alone[1]
+    named = set(re.findall(rf"(?<!\w)\(({one})\)", text)) | set(re.findall(rf"(?m)^\s*({one})\)", text))
     named |= set(re.findall(rf"(?i:option|choice)\s+\(?({one})\b", text))
     return named.pop() if len(named) == 1 else None
 
