@@ -248,7 +248,7 @@ def score_file(
             raise InlayError(
                 f"{row['_at']}: no field {lacking[0]!r} to group by; it has {', '.join(sorted(set(row) - {'_at'}))}"
             )
-        key = (_task_of(row, task).name, *(str(row[name]) for name in by))
+        key = (_task_name(row, task), *(str(row[name]) for name in by))
         groups.setdefault(key, []).append(row)
     wanted = None if task is None else table.get(task).name
     kept = {key: rows for key, rows in groups.items() if wanted in (None, key[0])}
@@ -262,15 +262,16 @@ def score_file(
     ]
 
 
-def _task_of(row: Mapping[str, Any], task: str | Task | None) -> Task:
+def _task_name(row: Mapping[str, Any], task: str | Task | None) -> str:
+    """Name of the task a row belongs to: its `dataset` (as it stands where that is no task), else the one asked for."""
     if "dataset" in row:
         found = table.find(str(row["dataset"]))
         if found is None and task is None:
             raise InlayError(f"{row['_at']}: data set {row['dataset']!r} is no task; pass task=<name>")
-        return found or Task(name=str(row["dataset"]), kind="text", group="world", licence="")
+        return found.name if found else str(row["dataset"])
     if task is None:
         raise InlayError(f"{row['_at']}: no field 'dataset'; pass task=<name>")
-    return table.get(task)
+    return table.get(task).name
 
 
 def render(scores: Sequence[Score]) -> Table:
