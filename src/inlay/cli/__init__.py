@@ -1,0 +1,78 @@
+"""The command line: `inlay VERB ...`. Exit codes: 0 done, 2 a mistake in what was asked, 1 anything else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from inlay.cli.verbs import NAMES, verb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. What the user got wrong is one message and exit code 2; `--debug` shows the traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        _overview()
+        return 0
+    if args[0] in ("--version", "-V"):
+        from inlay import __version__
+
+        print(f"inlay {__version__}")
+        return 0
+    try:
+        return _run(args[0], args[1:])
+    except BaseException as e:
+        if debug or isinstance(e, SystemExit):
+            raise
+        return _complain(e)
+
+
+def _run(name: str, args: list[str]) -> int:
+    from inlay.cli.parse import read
+    from inlay.core.errors import unknown
+
+    if name not in NAMES:
+        raise unknown("verb", name, NAMES, "`inlay --help` says what they do.")
+    found = verb(name)
+    return found.run(read(found, args)) or 0
+
+
+def _complain(e: BaseException) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from inlay.core.errors import InlayError
+
+    out = Console(stderr=True, soft_wrap=True)
+    if isinstance(e, KeyboardInterrupt):
+        out.print("[yellow]stopped[/]")
+        return 130
+    if isinstance(e, BrokenPipeError):
+        return 0
+    if isinstance(e, InlayError):
+        out.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False)
+        return 2
+    if not isinstance(e, Exception):
+        raise e
+    out.print(f"[bold red]error:[/] {type(e).__name__}: {escape(str(e))}", highlight=False)
+    out.print("[dim]--debug shows where this comes from[/]")
+    return 2 if isinstance(e, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)) else 1
+
+
+def _overview() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from inlay import __version__
+
+    out = Console(highlight=False)
+    out.print(f"[bold]inlay[/] {__version__}: any adapter, at any place, in any decoder\n")
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name in NAMES:
+        found = verb(name)
+        table.add_row(f"[bold cyan]{name}[/]", f"{found.about}\n[dim]{found.examples[0]}[/]")
+    out.print(table)
+    out.print("\n`inlay VERB --help` lists a verb's settings; `--recipe FILE.yaml` gives them from a file; `--debug` shows tracebacks.")
+    out.print("A first visit: inlay demo")

@@ -1,0 +1,48 @@
+"""What a verb is: a settings class, a function that runs it, and examples. Each file of this folder holds one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = ("demo", "plan", "train", "eval", "score", "convert", "merge", "chat", "inspect")
+"""The verbs, in the order of a first visit. `inlay.cli.<name>_` holds each as `VERB`."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of the command line."""
+
+    name: str
+    about: str
+    settings: type
+    """A dataclass; its fields are the flags and the keys of a recipe, their docstrings the help."""
+    run: Callable[[Any], int | None]
+    examples: tuple[str, ...]
+
+
+def verb(name: str) -> Verb:
+    """A verb by its name."""
+    found: Verb = importlib.import_module(f"inlay.cli.{name}_").VERB
+    return found
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the docstring under it, parents first."""
+    docs: dict[str, str] = {}
+    for parent in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(parent):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body  # type: ignore[attr-defined]
+        for line, following in zip(body, body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                docs.pop(line.target.id, None)
+                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                    docs[line.target.id] = " ".join(str(following.value.value).split())
+    return docs
