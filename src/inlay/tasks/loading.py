@@ -220,11 +220,10 @@ def _locate(task: Task, split: str, source: Path) -> Path | None:
                 return path
     if task.parts:
         return None
-    there = ", ".join(sorted(p.name for p in source.iterdir())[:20])
     wanted = " or ".join(f"{stem}.json" for stem in _stems(task, split))
-    raise InlayError(
-        f"{source} has no {wanted} for {task.name} (neither has {task.name}/); it holds: {there or 'nothing'}"
-    )
+    looked = ", ".join("./" if home == source else f"{home.relative_to(source)}/" for home in _homes(task, source))
+    there = ", ".join(sorted(p.name for p in source.iterdir())[:20]) or "nothing"
+    raise InlayError(f"{source} has no {wanted} for {task.name} (looked in {looked}); it holds: {there}")
 
 
 def _parts(task: Task, split: str, source: Path | None) -> list[Record]:
