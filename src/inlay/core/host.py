@@ -270,7 +270,7 @@ class Host:
         self.now = replace(base, seen=seen, training=model.training, side=side)
         if space is None:
             return None
-        if seen and getattr(past, "_inlay_wide", space.wide) != space.wide:
+        if seen and getattr(past, "_inlay_wide", 0) != space.wide:
             raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")
         kwargs, first_B = room.widen(model, args, kwargs, space, seen)
         self.now = replace(self.now, first={n: first_B + offset for n, offset in space.offset.items()})
@@ -288,5 +288,7 @@ class Host:
         if self._depth or not self._wide or out is None:
             return None
         wide, self._wide = self._wide, 0
+        if (cache := getattr(out, "past_key_values", None)) is not None:
+            cache._inlay_wide = wide
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         return room.strip(out, ids.shape[1] - wide, wide)
