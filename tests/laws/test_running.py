@@ -198,3 +198,23 @@ def test_merged_saves_as_an_ordinary_folder(tmp_path):
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
         if dtype == torch.float32:
             torch.testing.assert_close(again(**batch()).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_stands_over_any_edit_of_an_output(tmp_path):
+    host = inlay.attach(base("llama"))
+    inner = small("parallel")
+    host.add("plain", inner, at="up,down", seed=0)
+    excite(host)
+    host.add("gated", inlay.method("gated").make(edit=inner), at="up,down", seed=0)
+    host.fill("gated", {k: v.clone() for k, v in host.tensors("gated").items()} | host.tensors("plain"))
+    for bias, same in ((100.0, "plain"), (-100.0, None)):
+        for key, p in host.tensors("gated").items():
+            if key.endswith("gate_bias"):
+                p.data.fill_(bias)
+        torch.testing.assert_close(logits(host, "gated", **batch()), logits(host, same, **batch()), rtol=1e-5, atol=1e-5)
+    inlay.save(host, "gated", tmp_path)
+    again = inlay.attach(base("llama"))
+    inlay.load(again, tmp_path)
+    assert again.edits["gated"] == host.edits["gated"]
+    with pytest.raises(inlay.InlayError, match="a gate stands behind"):
+        host.add("no", inlay.method("gated").make(edit=small("series")), at="gate")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ MEANING = ("format", "version", "method", "settings", "places", "tensors")
 
 
 def describe(edit: Edit) -> dict[str, Any]:
-    """An edit as JSON values: its kind and all its settings."""
-    return {"method": edit.kind, "settings": asdict(edit)}
+    """An edit as JSON values: its kind and all its settings, edits among them likewise."""
+    values = {f.name: getattr(edit, f.name) for f in fields(edit)}
+    return {"method": edit.kind, "settings": {k: describe(v) if isinstance(v, Edit) else v for k, v in values.items()}}
 
 
 def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
@@ -44,7 +45,11 @@ def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
     strange = set(about["settings"]) - {f.name for f in fields(kind)}
     if strange:
         raise InlayError(f"method {kind.kind!r} has no settings {sorted(strange)}; a newer Inlay may have written this file")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()})
+
+    def value(v: Any) -> Any:
+        return rebuild(v, edits) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
+
+    return kind(**{k: value(v) for k, v in about["settings"].items()})
 
 
 def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None, versions: Mapping | None = None) -> Path:
