@@ -74,5 +74,5 @@ def _overview() -> None:
         found = verb(name)
         table.add_row(f"[bold cyan]{name}[/]", f"{found.about}\n[dim]{found.examples[0]}[/]")
     out.print(table)
-    out.print("\n`inlay VERB --help` lists a verb's settings; `--recipe FILE.yaml` gives them from a file; `--debug` shows tracebacks.")
-    out.print("A first visit: inlay demo")
+    out.print("\n`inlay VERB --help` lists settings; `--recipe FILE.yaml` gives them from a file; `--debug`")
+    out.print("shows tracebacks. A first visit: [bold]inlay demo[/]")

@@ -160,9 +160,9 @@ def show_model(found: dict[str, Any]) -> None:
     )
     table = Table(box=None, padding=(0, 2))
     for title, side in (("role", "left"), ("places", "right"), ("in", "right"), ("out", "right"), ("first", "left")):
-        table.add_column(title, justify=side)  # type: ignore[arg-type]
+        table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
     for role, at in found["roles"].items():
-        note = " (part of a fused linear)" if at["part_of_fused"] else ""
+        note = ", a part of it" if at["part_of_fused"] else ""
         table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", escape(at["example"]) + f"[dim]{note}[/]")
     out.print(table)
     last = found["layers"] - 1
@@ -172,7 +172,8 @@ def show_model(found: dict[str, Any]) -> None:
   q,v                  every layer's q and v
   down@0-{last // 2:<14}layers 0 to {last // 2}; also @{last}, @last2, @first1+last1
   o:parallel           from its input to its output; also :input, :output (= :series)
-  *.{_last(found)}{" " * max(1, 19 - len(_last(found)))}every module of that name; `linear` is every linear of the blocks"""
+  *.{_last(found)}{" " * max(1, 19 - len(_last(found)))}every module of that name; `linear` is every linear of the blocks""",
+        soft_wrap=True,
     )
 
 

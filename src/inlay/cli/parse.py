@@ -38,7 +38,7 @@ def read(verb: Verb, argv: Sequence[str]) -> Any:
     """The settings of a verb from its arguments. Mistakes raise InlayError; `--help` and tyro's own errors exit."""
     argv, recipe_file = _take(list(argv), "--recipe")
     recipe = read_yaml(recipe_file) if recipe_file else {}
-    method = _method(verb.settings, argv, recipe)
+    method = _method(verb.settings_class, argv, recipe)
     flags, leaves = flag_class(verb, method, recipe)
     if not {"-h", "--help"} & set(argv):
         _refuse_unknown(argv, leaves, method)
@@ -52,7 +52,7 @@ def read(verb: Verb, argv: Sequence[str]) -> Any:
     plain = merge(recipe, values, leaves, given(argv, leaves))
     from inlay.train.settings import read_plain
 
-    return read_plain(plain, verb.settings)
+    return read_plain(plain, verb.settings_class)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -98,9 +98,10 @@ def flag_class(verb: Verb, method: Any, recipe: Mapping[str, Any]) -> tuple[type
     """The dataclass that tyro reads, and its leaves. What the recipe gives is no longer required of the flags."""
     made: list[tuple[str, Any, Any]] = []
     leaves: list[Leaf] = []
-    hints = typing.get_type_hints(verb.settings, include_extras=True)
-    docs = field_docs(verb.settings)
-    for field in dataclasses.fields(verb.settings):
+    cls = verb.settings_class
+    hints = typing.get_type_hints(cls, include_extras=True)
+    docs = field_docs(cls)
+    for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if field.name == "settings" and method is not None:
             continue

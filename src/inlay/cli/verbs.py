@@ -21,10 +21,20 @@ class Verb:
 
     name: str
     about: str
-    settings: type
-    """A dataclass; its fields are the flags and the keys of a recipe, their docstrings the help."""
+    settings: type | str
+    """A dataclass, or `module:Class` where importing it costs time: its fields are the flags and the keys of a recipe,
+    their docstrings the help."""
     run: Callable[[Any], int | None]
     examples: tuple[str, ...]
+
+    @property
+    def settings_class(self) -> type:
+        """The dataclass."""
+        if isinstance(self.settings, type):
+            return self.settings
+        module, _, name = self.settings.partition(":")
+        found: type = getattr(importlib.import_module(module), name)
+        return found
 
 
 def verb(name: str) -> Verb:

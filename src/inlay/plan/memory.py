@@ -81,13 +81,14 @@ def per_token(host: Host, name: str, b: int, checkpointing: bool) -> int:
     first = host.anatomy.layers
     for site in host.sites.values():
         if name in site.places:
-            layer = 0 if site.spot.role == "embed" else site.spot.layer
+            layer = -1 if site.spot.role == "embed" else site.spot.layer
             layer = host.anatomy.layers if layer is None else layer
-            first = min(first, layer)
+            # Gradients begin at the adapter: behind a block's last linear, nothing of that block needs to be kept.
+            first = min(first, layer + (site.spot.role in ("embed", "down", "mlp", "block")))
             by_layer[layer] = by_layer.get(layer, 0) + _adapter_bytes(host, name, site.places[name])
     blocks = range(first, host.anatomy.layers)
     block = _block_bytes(host, b)
-    whole = {i: block + by_layer.get(i, 0) for i in blocks}
+    whole = {i: (block if i in blocks else 0) + by_layer.get(i, 0) for i in range(host.anatomy.layers)}
     if checkpointing:
         return len(blocks) * b * host.hidden + max(whole.values(), default=0)
     return sum(whole.values())
@@ -101,7 +102,7 @@ def _adapter_bytes(host: Host, name: str, place: Place) -> int:
     wiring = edit.wiring_of(place)
     if place.role == "embed":
         read = 0
-    elif wiring in ("output",) or edit.kind in ("road", "ia3"):
+    elif wiring == "output" or edit.kind == "road":
         read = place.d_out
     else:
         read = place.d_in
@@ -122,8 +123,8 @@ def _block_bytes(host: Host, b: int) -> int:
     inner = experts * _expert_width(config) if experts else w.get("down", 4 * h)
     act = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or "")
     gated = experts or "gate" in w or "gate_up" in w
-    # gated: the gate, its activation and `up`. tanh-GELU written out in Python keeps more than a fused kernel does.
-    kept = 3 if gated else 5 if act in ("gelu_new", "gelu_fast") or host.anatomy.family == "bloom" else 1
+    # gated: the gate, its activation and `up`; GELUs written out in Python keep more than a fused kernel does
+    kept = 3 if gated else 5 if act in ("gelu_new", "gelu_fast") else 2 if host.anatomy.family == "bloom" else 1
     return norm + attention + b * kept * inner
 
 
