@@ -19,7 +19,7 @@ def settings(row: inlay.core.method.Method) -> str:
     sources = [inspect.getsource(c) for c in row.edit.__mro__ if dataclasses.is_dataclass(c)]
     made = row.make()
     for f in dataclasses.fields(row.edit):
-        told = next((m[1] for s in sources if (m := re.search(rf"\n    {f.name}:.*\n    \"\"\"(.*?)\"\"\"", s, re.S))), "")
+        told = next((m[1] for s in sources if (m := re.search(rf'\n    {f.name}:[^\n]*\n    """(.*?)"""', s, re.S))), "")
         lines.append(f"| `{f.name}` | `{getattr(made, f.name)!r}` | {' '.join(told.split())} |")
     return "\n".join(["| setting | default | |", "|---|---|---|", *lines]) if lines else "No settings."
 
