@@ -35,7 +35,9 @@ def test_independent_of_batch_size_and_order(worn, tok, mode):
     together = generate(worn, tok, PROMPTS, PLAN, replace(settings, batch_size=8))
     assert alone == together
     order = [7, 2, 9, 0, 4, 1, 8, 3, 6, 5]
-    shuffled = generate(worn, tok, [PROMPTS[i] for i in order], [PLAN[i] for i in order], replace(settings, batch_size=4))
+    shuffled = generate(
+        worn, tok, [PROMPTS[i] for i in order], [PLAN[i] for i in order], replace(settings, batch_size=4)
+    )
     assert shuffled == [alone[i] for i in order]
     assert len({g.text for g in alone}) > 7
 
@@ -47,7 +49,12 @@ def test_agrees_with_hugging_face_one_by_one(worn, tok, beams):
         ids = torch.tensor([tok(prompt)["input_ids"]])
         with worn.using(name), torch.no_grad():
             out = worn.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, num_beams=beams, pad_token_id=EOS
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=10,
+                do_sample=False,
+                num_beams=beams,
+                pad_token_id=EOS,
             )
         assert out[0, ids.shape[1] :].tolist() == one.tokens
 
@@ -67,7 +74,9 @@ def test_sampling_is_seeded_and_repeats_differ(tok):
     twice = generate(worn, tok, ["same", "same"], None, hot)
     assert twice[0].tokens != twice[1].tokens
     assert generate(worn, tok, ["same", "same"], None, hot) == twice
-    assert generate(worn, tok, ["same"], None, GenerateSettings(max_new_tokens=8, temperature=1.0, seed=2))[0] != twice[0]
+    assert (
+        generate(worn, tok, ["same"], None, GenerateSettings(max_new_tokens=8, temperature=1.0, seed=2))[0] != twice[0]
+    )
     given = generate(worn, tok, ["same", "same"], None, hot, seeds=[5, 5])
     assert given[0] == given[1]
 
@@ -91,7 +100,7 @@ def test_drawn_tokens_follow_the_warped_distribution():
 def test_stops_at_a_text_and_cuts_it(tok, beams):
     worn = host("llama")
     free = generate(worn, tok, PROMPTS, PLAN, GenerateSettings(max_new_tokens=16, beams=beams))
-    stop = free[1].text[5:7] if beams == 1 else free[1].text[-3:-1]
+    stop = free[1].text[5:7] if beams == 1 else free[1].text[-2:]
     assert stop and "\ufffd" not in stop
     settings = dict(max_new_tokens=16, beams=beams, stop=(stop, "never said"))
     alone = generate(worn, tok, PROMPTS, PLAN, GenerateSettings(batch_size=1, **settings))
@@ -153,11 +162,18 @@ def test_empty_prompts_ids_and_training_mode(tok):
     assert all(p.grad is not None for p in worn.parameters("lora"))
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(beams=0), "beams 0"), (dict(temperature=-1.0), "temperature"), (dict(top_p=0.5), "do nothing"),
-    (dict(beams=2, temperature=1.0), "does not sample"), (dict(stop="x"), "tuple"), (dict(stop=("",)), "not empty"),
-    (dict(max_new_tokens=0), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(beams=0), "beams 0"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(top_p=0.5), "do nothing"),
+        (dict(beams=2, temperature=1.0), "does not sample"),
+        (dict(stop="x"), "tuple"),
+        (dict(stop=("",)), "not empty"),
+        (dict(max_new_tokens=0), "at least 1"),
+    ],
+)
 def test_settings_are_checked(wrong, says):
     with pytest.raises(InlayError, match=says):
         GenerateSettings(**wrong)

@@ -8,8 +8,16 @@ from inlay.evaluate import option_scores
 from tests.evaluate.tiny import CONFIGS, PLAN, PROMPTS, host, tokenizer
 
 OPTIONS = [
-    ["true", "false"], ["5", "6", "7"], [" yes", "no, never"], ["a"], ["answer1", "answer2", "answer3", "ä"], ["42", "4"],
-    ["because", "so"], ["there was", "x"], ["c", "d"], ["1", "22", "333"],
+    ["true", "false"],
+    ["5", "6", "7"],
+    [" yes", "no, never"],
+    ["a"],
+    ["answer1", "answer2", "answer3", "ä"],
+    ["42", "4"],
+    ["because", "so"],
+    ["there was", "x"],
+    ["c", "d"],
+    ["1", "22", "333"],
 ]
 
 
@@ -41,7 +49,9 @@ def test_order_and_normalisation(tok):
     worn = host("llama")
     plain = option_scores(worn, tok, PROMPTS, OPTIONS, PLAN)
     order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
-    shuffled = option_scores(worn, tok, [PROMPTS[i] for i in order], [OPTIONS[i] for i in order], [PLAN[i] for i in order], batch_size=5)
+    shuffled = option_scores(
+        worn, tok, [PROMPTS[i] for i in order], [OPTIONS[i] for i in order], [PLAN[i] for i in order], batch_size=5
+    )
     for i, scores in zip(order, shuffled, strict=True):
         assert scores == pytest.approx(plain[i], abs=1e-4)
     by_bytes = option_scores(worn, tok, PROMPTS, OPTIONS, PLAN, "bytes")

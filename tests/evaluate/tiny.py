@@ -13,15 +13,25 @@ PAD, BOS, EOS = 256, 257, 258
 COMMON = dict(vocab_size=259, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=False)
 CONFIGS = {
     "llama": lambda n: hf.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=n, **COMMON,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=n,
+        **COMMON,
     ),
     "gptj": lambda n: hf.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n, **COMMON),
     "bloom": lambda n: hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **COMMON),
     "gpt2": lambda n: hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=n, **COMMON),
     "opt": lambda n: hf.OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=n, **COMMON,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=n,
+        **COMMON,
     ),
 }
 
@@ -61,5 +71,16 @@ def host(family: str, positions: int = 128):
     return made
 
 
-PROMPTS = ["a", "Two plus three is", "The bird said: ", "Zürich has a lake.", "x" * 40, "12 + 30 =", "Why?", "once upon a time", "b", "§"]
+PROMPTS = [
+    "a",
+    "Two plus three is",
+    "The bird said: ",
+    "Zürich has a lake.",
+    "x" * 40,
+    "12 + 30 =",
+    "Why?",
+    "once upon a time",
+    "b",
+    "§",
+]
 PLAN = ["lora", None, "series", "prefix", "lora", "prompt", None, "prefix+lora", "series", None]

@@ -2,5 +2,12 @@
 
 from inlay.evaluate.decode import GenerateSettings, Generation, generate
 from inlay.evaluate.options import option_scores
+from inlay.evaluate.report import Cell, Report
+from inlay.evaluate.settings import EvalSettings, run
+from inlay.evaluate.stats import Paired, paired
+from inlay.evaluate.suite import evaluate
 
-__all__ = ["GenerateSettings", "Generation", "generate", "option_scores"]
+__all__ = [
+    "Cell", "EvalSettings", "GenerateSettings", "Generation", "Paired", "Report",
+    "evaluate", "generate", "option_scores", "paired", "run",
+]

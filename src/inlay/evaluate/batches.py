@@ -17,11 +17,11 @@ from inlay.core.route import Worn, read_plan
 Prompt = str | Sequence[int]
 """A text, encoded with the tokenizer's own start token, or token ids as they are."""
 Plan = str | None | Sequence[str | tuple[str, ...] | None]
-"""One adapter (or None, the bare base) for every prompt, or a list with one entry a prompt, as `Host.use` reads them."""
+"""An adapter (or None, the bare base) for every prompt, or a list with one entry a prompt, as `Host.use` reads them."""
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Ids of each prompt. An end token that some tokenizers append is taken off; an empty prompt becomes the start token."""
+    """Ids of each prompt; an end token that tokenizers append is taken off, an empty prompt becomes the start token."""
     if isinstance(prompts, str):
         raise InlayError("prompts must be a list of texts, not one text")
     found = []
@@ -45,7 +45,7 @@ def row_plans(host: Host, plan: Plan, rows: int) -> list[Worn]:
     if plan is None or isinstance(plan, str):
         return list(read_plan([plan], host.edits)) * rows
     if len(plan) != rows:
-        raise InlayError(f"the plan has {len(plan)} entries for {rows} prompts; give one per prompt, or one name for all")
+        raise InlayError(f"the plan has {len(plan)} entries for {rows} prompts; give one each, or one name for all")
     return list(read_plan(plan, host.edits))
 
 
@@ -69,7 +69,7 @@ def room(host: Host, worn: Worn) -> int:
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, longest first: like lengths share a batch, and memory runs out at once or never."""
+    """Indices in batches of at most `size`, longest first: like lengths share a batch, and memory runs out early."""
     if size < 1:
         raise InlayError(f"batch_size {size}: at least 1")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -105,7 +105,8 @@ def takes(host: Host, *names: str) -> list[bool]:
 def quiet(host: Host) -> Iterator[None]:
     """No dropout and no gradients; modules that were training are so again afterwards.
 
-    `no_grad` rather than `inference_mode`: the host keeps row indices between calls, and a training step must be able to use them.
+    `no_grad` rather than `inference_mode`: the host keeps row indices between calls, and a training step must be
+    able to use them.
     """
     training = [m for m in host.model.modules() if m.training]
     host.model.eval()

@@ -17,7 +17,19 @@ from torch import Tensor
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn
-from inlay.evaluate.batches import Plan, Prompt, batches, context, pad_id, padded, prompt_ids, quiet, room, row_plans, wear
+from inlay.evaluate.batches import (
+    Plan,
+    Prompt,
+    batches,
+    context,
+    pad_id,
+    padded,
+    prompt_ids,
+    quiet,
+    room,
+    row_plans,
+    wear,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +55,30 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         for name, fine in (
-            ("max_new_tokens", self.max_new_tokens > 0), ("beams", self.beams > 0), ("batch_size", self.batch_size > 0),
-            ("temperature", self.temperature >= 0), ("top_p", 0 < self.top_p <= 1), ("top_k", self.top_k >= 0),
+            ("max_new_tokens", self.max_new_tokens > 0),
+            ("beams", self.beams > 0),
+            ("batch_size", self.batch_size > 0),
+            ("temperature", self.temperature >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+            ("top_k", self.top_k >= 0),
         ):
             if not fine:
                 raise InlayError(f"{name} {getattr(self, name)} is out of range: {_RANGES[name]}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise InlayError(f"stop must be a tuple of texts that are not empty, not {self.stop!r}")
         if self.temperature and self.beams > 1:
-            raise InlayError(f"beams {self.beams} with temperature {self.temperature}: beam search does not sample; drop one")
+            raise InlayError(f"beams {self.beams} with temperature {self.temperature}: beam search does not sample")
         if not self.temperature and (self.top_p < 1 or self.top_k):
             raise InlayError("top_p and top_k do nothing without a temperature; set temperature above 0, or drop them")
 
 
 _RANGES = {
-    "max_new_tokens": "at least 1", "beams": "at least 1", "batch_size": "at least 1", "temperature": "0 or more",
-    "top_p": "above 0, at most 1", "top_k": "0 or more",
+    "max_new_tokens": "at least 1",
+    "beams": "at least 1",
+    "batch_size": "at least 1",
+    "temperature": "0 or more",
+    "top_p": "above 0, at most 1",
+    "top_k": "0 or more",
 }
 
 
@@ -75,20 +95,24 @@ class Generation:
 
 
 def generate(
-    host: Host, tokenizer: Any, prompts: Sequence[Prompt], plan: Plan = None, settings: GenerateSettings | None = None,
+    host: Host,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    plan: Plan = None,
+    settings: GenerateSettings | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Generate for each prompt, in the prompts' order.
 
     Args:
         prompts: texts or ids.
-        plan: an adapter for all prompts (None: the bare base), or a list with one entry a prompt; what the host wears outside
-            this call does not matter and is not changed.
-        seeds: of sampling, one a prompt; by default made from `settings.seed`, the prompt's ids, and how often the same prompt
-            with the same adapter came before.
+        plan: an adapter for all prompts (None: the bare base), or a list with one entry a prompt; what the host wears
+            outside this call does not matter and is not changed.
+        seeds: of sampling, one a prompt; by default made from `settings.seed`, the prompt's ids, and how often the same
+            prompt with the same adapter came before.
 
-    A prompt that leaves less room in the base's context than `max_new_tokens` gets the room there is (`finished` is then
-    `length`); one that leaves none is an InlayError.
+    A prompt that leaves less room in the base's context than `max_new_tokens` gets the room there is (`finished` is
+    then `length`); one that leaves none is an InlayError.
     """
     found: list[Generation | None] = [None] * len(prompts)
     for done, _ in generate_each(host, tokenizer, prompts, plan, settings, seeds):
@@ -98,7 +122,11 @@ def generate(
 
 
 def generate_each(
-    host: Host, tokenizer: Any, prompts: Sequence[Prompt], plan: Plan = None, settings: GenerateSettings | None = None,
+    host: Host,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    plan: Plan = None,
+    settings: GenerateSettings | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict[int, Generation], float]]:
     """As `generate`, batch by batch: ({prompt's index: generation}, seconds the batch took)."""
@@ -123,8 +151,8 @@ def _limit(host: Host, index: int, ids: Sequence[int], worn: Worn, settings: Gen
     left = settings.max_new_tokens if most is None else most - room(host, worn) - len(ids)
     if left < 1:
         raise InlayError(
-            f"prompt {index} has {len(ids)} tokens ({room(host, worn)} virtual ones come on top), but the base's context is {most}; "
-            "shorten the prompt"
+            f"prompt {index} has {len(ids)} tokens ({room(host, worn)} virtual ones come on top), but the base's "
+            f"context is {most}; shorten the prompt"
         )
     return min(left, settings.max_new_tokens)
 
@@ -155,7 +183,12 @@ def _batch(
     ends = end_ids(host, tokenizer)
     with _plain_config(host, ends, pad_id(tokenizer)):
         out = host.model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=limit, num_beams=settings.beams, do_sample=False, use_cache=True,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            num_beams=settings.beams,
+            do_sample=False,
+            use_cache=True,
             logits_processor=[_sampler(seeds, limit, wide, settings)] if settings.temperature else None,
             stopping_criteria=[_stopper(tokenizer, settings.stop, wide)] if settings.stop else None,
         )
@@ -164,7 +197,7 @@ def _batch(
 
 @contextlib.contextmanager
 def _plain_config(host: Host, ends: list[int], pad: int) -> Iterator[None]:
-    """Generation defaults that came with the base (temperatures, penalties) would leak into every call: set them aside."""
+    """Set aside the generation defaults that came with the base: its penalties and temperatures would leak in."""
     from transformers import GenerationConfig
 
     own = host.model.generation_config
@@ -182,7 +215,9 @@ def _finish(tokens: list[int], tokenizer: Any, ends: list[int], stop: tuple[str,
     cuts = [at for s in stop if (at := text.find(s)) >= 0]
     if not cuts:
         return Generation(text, tokens if end is None else tokens[: end + 1], "length" if end is None else "eos")
-    hit = bisect.bisect_left(range(1, len(spoken) + 1), True, key=lambda n: any(s in _text(tokenizer, spoken[:n]) for s in stop))
+    hit = bisect.bisect_left(
+        range(1, len(spoken) + 1), True, key=lambda n: any(s in _text(tokenizer, spoken[:n]) for s in stop)
+    )
     return Generation(text[: min(cuts)], spoken[: hit + 1], "stop")
 
 
@@ -191,7 +226,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _stopper(tokenizer: Any, stop: tuple[str, ...], start: int):
-    """Ends rows whose new text holds a stop text. Only their last tokens are read; each but special ones adds a byte or more."""
+    """Ends rows whose new text holds a stop text; reads their last tokens only, each of which is a byte or more."""
     from transformers import StoppingCriteria
 
     tail = max(len(s.encode()) for s in stop) + 8
@@ -208,7 +243,9 @@ def _sampler(seeds: list[int], limit: int, start: int, settings: GenerateSetting
     """Sampling by inversion, one uniform number per row and step, so that a row's draws are its own."""
     from transformers import LogitsProcessor
 
-    draws = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
+    draws = torch.stack(
+        [torch.rand(limit, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    )
 
     class Sampler(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -220,7 +257,7 @@ def _sampler(seeds: list[int], limit: int, start: int, settings: GenerateSetting
 
 
 def pick(scores: Tensor, draw: Tensor, settings: GenerateSettings) -> Tensor:
-    """Token per row (B,) for a uniform number per row (B,): temperature, then top-k, then top-p (Holtzman et al. 2020)."""
+    """Token per row (B,) for a uniform number per row (B,): temperature, top-k, then top-p (Holtzman et al. 2020)."""
     p, order = (scores.double() / settings.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     if settings.top_k:
         p[:, settings.top_k :] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -11,32 +12,52 @@ from torch import Tensor
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
 from inlay.core.route import Worn
-from inlay.evaluate.batches import Plan, Prompt, context, pad_id, padded, prompt_ids, quiet, room, row_plans, takes, wear
+from inlay.evaluate.batches import (
+    Plan,
+    Prompt,
+    context,
+    pad_id,
+    padded,
+    prompt_ids,
+    quiet,
+    room,
+    row_plans,
+    takes,
+    wear,
+)
 
 Normalise = Literal["none", "tokens", "bytes"]
 NORMALISE: tuple[Normalise, ...] = ("none", "tokens", "bytes")
 
 
 def option_scores(
-    host: Host, tokenizer: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[Prompt]], plan: Plan = None,
-    normalise: Normalise = "none", *, batch_size: int = 32, share: bool = True,
+    host: Host,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    options: Sequence[Sequence[Prompt]],
+    plan: Plan = None,
+    normalise: Normalise = "none",
+    *,
+    batch_size: int = 32,
+    share: bool = True,
 ) -> list[list[float]]:
     """Log-likelihood of each option behind its prompt, in nats; the largest is the prediction.
 
     Args:
         prompts: texts or ids.
-        options: per prompt, the continuations, texts or ids. A text is encoded apart from its prompt and without special tokens,
-            so that a row is exactly what training on (prompt, answer) under the clean protocol saw.
+        options: per prompt, the continuations, texts or ids. A text is encoded apart from its prompt, without special
+            tokens, so that a row is exactly what training on (prompt, answer) under the clean protocol saw.
         plan: as in `generate`.
         normalise: `tokens` and `bytes` divide by the option's tokens or UTF-8 bytes (for options of unlike length).
         batch_size: rows (prompt x option) per forward; not the result.
         share: compute each prompt once and read its options from the same KV cache; the plain way otherwise.
     """
-    if normalise not in NORMALISE:
-        raise unknown("normalisation", normalise, NORMALISE)
     found: list[list[float]] = [[] for _ in prompts]
-    for i, scores in option_scores_each(host, tokenizer, prompts, options, plan, batch_size=batch_size, share=share):
-        found[i] = [_normalised(s, o, normalise, tokenizer) for s, o in zip(scores, options[i], strict=True)]
+    for done, _ in option_scores_each(
+        host, tokenizer, prompts, options, plan, normalise, batch_size=batch_size, share=share
+    ):
+        for i, scores in done.items():
+            found[i] = scores
     return found
 
 
@@ -50,10 +71,19 @@ def _normalised(score: float, option: Prompt, how: Normalise, tokenizer: Any) ->
 
 
 def option_scores_each(
-    host: Host, tokenizer: Any, prompts: Sequence[Prompt], options: Sequence[Sequence[Prompt]], plan: Plan = None, *,
-    batch_size: int = 32, share: bool = True,
-) -> Iterator[tuple[int, list[float]]]:
-    """(prompt's index, sums of log-probabilities per option), as batches are done."""
+    host: Host,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    options: Sequence[Sequence[Prompt]],
+    plan: Plan = None,
+    normalise: Normalise = "none",
+    *,
+    batch_size: int = 32,
+    share: bool = True,
+) -> Iterator[tuple[dict[int, list[float]], float]]:
+    """As `option_scores`, batch by batch: ({prompt's index: scores}, seconds the batch took)."""
+    if normalise not in NORMALISE:
+        raise unknown("normalisation", normalise, NORMALISE)
     if len(options) != len(prompts):
         raise InlayError(f"{len(options)} lists of options for {len(prompts)} prompts; give one list per prompt")
     if batch_size < 1:
@@ -62,10 +92,15 @@ def option_scores_each(
     tails = [[_option_ids(tokenizer, o) for o in own] for own in options]
     _check(host, heads, tails, plans)
     for group in _groups(heads, tails, batch_size):
+        start = time.perf_counter()
         with quiet(host):
             args = ([heads[i] for i in group], [tails[i] for i in group], [plans[i] for i in group])
-            scores = (_shared(host, tokenizer, *args) if share else None) or _plain(host, tokenizer, *args, batch_size)
-        yield from zip(group, scores, strict=True)
+            totals = (_shared(host, tokenizer, *args) if share else None) or _plain(host, tokenizer, *args, batch_size)
+        done = {
+            i: [_normalised(s, o, normalise, tokenizer) for s, o in zip(scores, options[i], strict=True)]
+            for i, scores in zip(group, totals, strict=True)
+        }
+        yield done, time.perf_counter() - start
 
 
 def _option_ids(tokenizer: Any, option: Prompt) -> list[int]:
@@ -79,7 +114,7 @@ def _check(host: Host, heads: list[list[int]], tails: list[list[list[int]]], pla
             raise InlayError(f"prompt {i} has {'an option without tokens' if own else 'no options'}: nothing to score")
         need = room(host, worn) + len(head) + max(map(len, own))
         if most is not None and need > most:
-            raise InlayError(f"prompt {i} with its longest option needs {need} positions, the base's context is {most}; shorten it")
+            raise InlayError(f"prompt {i} with its longest option needs {need} positions, the base's context is {most}")
 
 
 def _groups(heads: list[list[int]], tails: list[list[list[int]]], size: int) -> Iterator[list[int]]:
@@ -99,7 +134,7 @@ def _groups(heads: list[list[int]], tails: list[list[list[int]]], size: int) -> 
 def _shared(
     host: Host, tokenizer: Any, heads: list[list[int]], tails: list[list[list[int]]], plans: list[Worn]
 ) -> list[list[float]] | None:
-    """Prompts once, then all options on copies of the prompts' cache; None where the base's cache cannot be copied by row."""
+    """Prompts once, then all options on copies of their cache; None where the cache cannot be copied by row."""
     ids, mask = padded(heads, pad_id(tokenizer), host.device, "left")
     with_positions, with_keep = takes(host, "position_ids", "logits_to_keep")
     position = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -121,7 +156,9 @@ def _shared(
         whole = torch.cat([mask[owner], more_mask], 1)
         more = {"position_ids": (whole.cumsum(-1) - 1)[:, mask.shape[1] :]} if with_positions else {}
         with wear(host, [plans[i] for i in owner.tolist()]):
-            logits = host.model(input_ids=more_ids, attention_mask=whole, past_key_values=cache, use_cache=True, **more).logits
+            logits = host.model(
+                input_ids=more_ids, attention_mask=whole, past_key_values=cache, use_cache=True, **more
+            ).logits
         total += _gathered(logits, [t[1:] for t in rows], [0] * len(rows))
     return _by_prompt(total, tails)
 
@@ -145,7 +182,8 @@ def _gathered(logits: Tensor, rows: Sequence[Sequence[int]], starts: Sequence[in
     sums = []
     for row, start, line in zip(rows, starts, logits, strict=True):
         logp = line[start : start + len(row)].float().log_softmax(-1)
-        sums.append(logp[torch.arange(len(row)), torch.tensor(row, dtype=torch.long, device=logits.device)].double().sum())
+        said = torch.tensor(row, dtype=torch.long, device=logits.device)
+        sums.append(logp.gather(1, said[:, None]).double().sum())
     return torch.stack(sums)
 
 

@@ -48,7 +48,7 @@ def mcnemar(first: int, second: int) -> float:
 def bootstrap_difference(
     plus: int, minus: int, n: int, level: float = 0.95, draws: int = 20_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean paired difference (Efron 1979), where `plus` of n items differ by +1 and `minus` by -1.
+    """Percentile interval of the mean paired difference (Efron 1979): `plus` of n items differ by +1, `minus` by -1.
 
     Resampling items with replacement draws these two counts from a multinomial, so the counts are drawn, not the items.
     """

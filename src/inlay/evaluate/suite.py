@@ -1,0 +1,330 @@
+"""Tasks x adapters: every record of every task through every adapter, all adapters of a task in the same batches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from inlay.core.errors import InlayError, unknown
+from inlay.core.fingerprint import fingerprint
+from inlay.core.host import Host
+from inlay.core.route import Worn, read_plan
+from inlay.evaluate.batches import context, room
+from inlay.evaluate.decode import GenerateSettings, generate_each
+from inlay.evaluate.log import Log, adapter_digest, settle
+from inlay.evaluate.options import NORMALISE, Normalise, option_scores_each
+from inlay.evaluate.report import Cell, Report
+from inlay.tasks import TASKS, Record, Task, encode_answer, encode_prompt, load
+from inlay.tasks import get as get_task
+from inlay.tasks.protocols import Protocol
+from inlay.tasks.protocols import get as get_protocol
+from inlay.tasks.score import score
+from inlay.tasks.table import COMMONSENSE, MATH
+
+How = Literal["generate", "options"]
+OptionForm = Literal["answer", "text"]
+BASE = "base"
+"""What the bare model is called in files and tables."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    "math": MATH,
+    "commonsense": COMMONSENSE,
+    "world": tuple(t.name for t in TASKS.values() if t.group == "world"),
+}
+"""Names for several tasks at once."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    index: int
+    """In the task's own file."""
+    record: Record
+    ids: list[int]
+    cut: bool
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One task, ready to run."""
+
+    task: Task
+    items: list[_Item]
+    settings: GenerateSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    host: Host
+    tokenizer: Any
+    protocol: Protocol
+    how: How
+    option_form: OptionForm
+    normalise: Normalise
+    wearers: dict[str, Worn]
+    seed: int
+    mixed: bool
+    log: Log
+    bar: Any
+
+
+def expand(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
+    """Tasks from names and groups (`math`, `commonsense`, `world`), each once."""
+    found: dict[str, Task] = {}
+    for one in [tasks] if isinstance(tasks, str | Task) else tasks:
+        for name in GROUPS.get(one, (one,)) if isinstance(one, str) else (one,):
+            task = get_task(name)
+            if task.group == "training":
+                raise InlayError(f"{task.name} is a training set; evaluate on {', '.join([*GROUPS, *MATH])} ...")
+            found[task.name] = task
+    if not found:
+        raise InlayError(f"no task to evaluate; name tasks or groups ({', '.join(GROUPS)})")
+    return list(found.values())
+
+
+def evaluate(
+    host: Host,
+    tokenizer: Any,
+    tasks: str | Task | Sequence[str | Task],
+    adapters: Sequence[str | None] = (None,),
+    protocol: str | Protocol = "clean",
+    how: How = "generate",
+    *,
+    data: str | Path | None = None,
+    records: Mapping[str, Sequence[Record]] | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    decoding: Mapping[str, Any] | None = None,
+    option_form: OptionForm = "answer",
+    normalise: Normalise = "none",
+    batch_size: int = 16,
+    mixed: bool = True,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Score adapters on tasks.
+
+    Args:
+        tasks: names, groups (`math`, `commonsense`, `world`) or tasks.
+        adapters: names on the host (`a+b`: worn together); None is the bare base, called `base` in the report.
+        protocol: `clean` or `published`: prompts, extraction, and the default number of beams.
+        how: `generate` a text and extract the answer, or pick the likeliest of the record's `options`.
+        data: folder in LLM-Adapters' layout (see `inlay.tasks.load`); None: the Hub. Synthetic tasks need none.
+        records: records per task name, instead of loading.
+        limit: at most so many records per task, drawn with `seed`.
+        decoding: overrides of `GenerateSettings`; by default the task's `max_new_tokens` and the protocol's `beams`.
+        option_form: score an option as its trained statement (`answer`: "the correct answer is answer2") or as what it
+            says (`text`).
+        normalise: of option scores, see `option_scores`.
+        mixed: all adapters of a task in the same batches; otherwise one after another. The results are the same.
+        out: folder for `generations.jsonl`, `settings.json`, `report.json`, `report.md`. A run that finds generations
+            made with the same settings goes on from them; made with others, it is an InlayError.
+        progress: show a bar.
+    """
+    if how not in ("generate", "options"):
+        raise unknown("way to evaluate", how, ("generate", "options"))
+    if option_form not in ("answer", "text"):
+        raise unknown("option form", option_form, ("answer", "text"))
+    if normalise not in NORMALISE:
+        raise unknown("normalisation", normalise, NORMALISE)
+    chosen, rules, folder = expand(tasks), get_protocol(protocol), Path(out) if out is not None else None
+    wearers = _wearers(host, adapters)
+    reserve = max(room(host, worn) for worn in wearers.values())
+    benches = []
+    for task in chosen:
+        own = _records(task, records, split, data, limit, seed)
+        benches.append(_bench(host, tokenizer, task, own, rules, how, reserve, decoding or {}, batch_size))
+    options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
+    about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
+    settings = settle(folder, about | _made_by(host, benches, wearers, how))
+    log = Log(folder)
+    with _bar(progress) as bar:
+        run = _Run(
+            host=host, tokenizer=tokenizer, protocol=rules, how=how, option_form=option_form, normalise=normalise,
+            wearers=wearers, seed=seed, mixed=mixed, log=log, bar=bar,
+        )
+        for bench in benches:
+            _answer(run, bench)
+    report = _report(benches, wearers, rules, log, settings)
+    if folder:
+        report.save(folder)
+    return report
+
+
+def _wearers(host: Host, adapters: Sequence[str | None]) -> dict[str, Worn]:
+    if isinstance(adapters, str) or not adapters:
+        raise InlayError(f"adapters must be a list of names (None: the bare base), not {adapters!r}")
+    if None in adapters and BASE in adapters:
+        raise InlayError(f"{BASE!r} is what the bare base is called in reports; give that adapter another name")
+    plans = read_plan(adapters, host.edits)
+    return {BASE if a is None else a: worn for a, worn in zip(adapters, plans, strict=True)}
+
+
+def _records(
+    task: Task, given: Mapping[str, Sequence[Record]] | None, split: str, data: Any, limit: int | None, seed: int
+) -> list[tuple[int, Record]]:
+    """(index in the task's file, record). A limit keeps the indices of the whole file."""
+    if given is not None:
+        if task.name not in given:
+            raise unknown("task in `records`", task.name, given)
+        whole = list(given[task.name])
+    elif task.group == "world" and data is None:
+        return list(enumerate(load(task, split, None, limit, seed)))
+    else:
+        whole = load(task, split, data)
+    if not whole:
+        raise InlayError(f"{task.name} has no records")
+    if limit is None or limit >= len(whole):
+        return list(enumerate(whole))
+    if limit < 1:
+        raise InlayError(f"limit {limit}: at least 1 record, or None for all")
+    return [(i, whole[i]) for i in sorted(random.Random(seed).sample(range(len(whole)), limit))]
+
+
+def _bench(
+    host: Host, tokenizer: Any, task: Task, records: list[tuple[int, Record]], protocol: Protocol, how: How,
+    reserve: int, decoding: Mapping[str, Any], batch_size: int,
+) -> _Bench:
+    if how == "options" and task.kind not in ("choice", "letter"):
+        raise InlayError(f"{task.name} asks for a {task.kind}, not for one of several options; use how='generate'")
+    if task.kind not in protocol.rules:
+        raise InlayError(f"protocol {protocol.name!r} has no rule for {task.kind} answers ({task.name}); use 'clean'")
+    known = [f.name for f in dataclasses.fields(GenerateSettings)]
+    if strange := [name for name in decoding if name not in known]:
+        raise unknown("decoding setting", strange[0], known)
+    beams = 1 if decoding.get("temperature") else protocol.beams
+    default = {"max_new_tokens": task.max_new_tokens, "beams": beams, "batch_size": batch_size}
+    settings = GenerateSettings(**{**default, **decoding})
+    cutoff = _cutoff(host, protocol, reserve, settings.max_new_tokens)
+    items = []
+    for index, record in records:
+        example = encode_prompt(record, tokenizer, protocol, cutoff)
+        items.append(_Item(index, record, example.input_ids, example.truncated))
+    return _Bench(task, items, settings)
+
+
+def _cutoff(host: Host, protocol: Protocol, reserve: int, new: int) -> int | None:
+    """Most tokens of a prompt: what the answer leaves of the context, but no less than half of it."""
+    most = context(host)
+    if most is None or protocol.truncation == "right":
+        return None
+    return (most - reserve) - min(new, (most - reserve) // 2)
+
+
+def _made_by(host: Host, benches: list[_Bench], wearers: dict[str, Worn], how: How) -> dict[str, Any]:
+    def data(bench: _Bench) -> dict[str, Any]:
+        text = repr([(i.index, dataclasses.astuple(i.record), i.ids) for i in bench.items])
+        decoding = {k: v for k, v in dataclasses.asdict(bench.settings).items() if k != "batch_size"}
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"records": len(bench.items), "digest": digest, **(decoding if how == "generate" else {})}
+
+    return {
+        "model": getattr(host.model.config, "_name_or_path", "") or host.anatomy.family,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "datasets": {bench.task.name: data(bench) for bench in benches},
+        "adapters": {label: adapter_digest(host, worn) for label, worn in wearers.items()},
+        "base": fingerprint(host),
+    }
+
+
+@contextlib.contextmanager
+def _bar(show: bool) -> Iterator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show) as bar:
+        yield bar
+
+
+def _answer(run: _Run, bench: _Bench) -> None:
+    """Whatever the log does not have yet of this task."""
+    wanted = [
+        (label, item)
+        for label in run.wearers
+        for item in bench.items
+        if (label, bench.task.name, item.index) not in run.log.rows
+    ]
+    total = len(run.wearers) * len(bench.items)
+    mark = run.bar.add_task(bench.task.name, total=total, completed=total - len(wanted))
+    turns = [wanted] if run.mixed else [[w for w in wanted if w[0] == label] for label in run.wearers]
+    for rows in filter(None, turns):
+        made = _generated(run, bench, rows) if run.how == "generate" else _chosen(run, bench, rows)
+        for done, seconds in made:
+            lines = []
+            for at, told in done.items():
+                label, item = rows[at]
+                line = {"adapter": label, "dataset": bench.task.name, "index": item.index, **told}
+                (judged,) = score([{**told, "label": item.record.answer}], bench.task, run.protocol).predictions
+                line |= {"prediction": judged.prediction, "label": judged.label}
+                line["seconds"] = round(seconds / len(done), 6)
+                lines.append(line)
+            run.log.add(lines)
+            run.bar.advance(mark, len(done))
+
+
+Made = Iterator[tuple[dict[int, dict[str, Any]], float]]
+
+
+def _generated(run: _Run, bench: _Bench, rows: list[tuple[str, _Item]]) -> Made:
+    plan = [run.wearers[label] for label, _ in rows]
+    seeds = [_draw(bench.settings.seed, bench.task.name, item.index) for _, item in rows]
+    ids = [item.ids for _, item in rows]
+    for done, seconds in generate_each(run.host, run.tokenizer, ids, plan, bench.settings, seeds):
+        told = {
+            i: {"text": g.text, "truncated": g.finished == "length", "tokens": len(g.tokens)} for i, g in done.items()
+        }
+        yield told, seconds
+
+
+def _draw(seed: int, name: str, index: int) -> int:
+    """A seed of its own for each record, the same for every adapter: a comparison is then less noisy."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, name, index)).encode(), digest_size=7).digest(), "big")
+
+
+def _chosen(run: _Run, bench: _Bench, rows: list[tuple[str, _Item]]) -> Made:
+    task = bench.task
+    names = [task.options(item.record) for _, item in rows]
+    said = [[statement(task, name) for name in own] for own in names]
+    scored = said if run.option_form == "answer" else [task.option_texts(item.record) for _, item in rows]
+    ids = [[encode_answer(text, run.tokenizer) for text in own] for own in scored]
+    plan = [run.wearers[label] for label, _ in rows]
+    prompts = [item.ids for _, item in rows]
+    each = option_scores_each(
+        run.host, run.tokenizer, prompts, ids, plan, run.normalise, batch_size=bench.settings.batch_size
+    )
+    for done, seconds in each:
+        told = {}
+        for i, scores in done.items():
+            best = max(range(len(scores)), key=scores.__getitem__)
+            told[i] = {"text": said[i][best], "truncated": False, "scores": [round(s, 5) for s in scores]}
+        yield told, seconds
+
+
+def statement(task: Task, option: str) -> str:
+    """How training says that this option is the answer."""
+    return f"The answer is ({option})" if task.kind == "letter" else f"the correct answer is {option}"
+
+
+def _report(
+    benches: list[_Bench], wearers: dict[str, Worn], protocol: Protocol, log: Log, settings: Mapping[str, Any]
+) -> Report:
+    cells, right = [], {}
+    for label in wearers:
+        for bench in benches:
+            rows = log.of(label, bench.task.name, [i.index for i in bench.items])
+            found = score(rows, bench.task, protocol)
+            low, high = found.interval
+            cells.append(
+                Cell(
+                    adapter=label, dataset=bench.task.name, n=found.n, correct=found.correct, accuracy=found.accuracy,
+                    low=low, high=high, no_answer=found.no_answer, truncated=found.truncated or 0,
+                    shortened=sum(i.cut for i in bench.items), seconds=sum(r["seconds"] for r in rows),
+                )
+            )
+            right[label, bench.task.name] = {p.index: p.correct for p in found.predictions}
+    return Report(tuple(cells), settings, right)
