@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,13 +43,15 @@ def read(verb: Verb, argv: Sequence[str]) -> Any:
     flags, leaves = flag_class(verb, method, recipe)
     if not {"-h", "--help"} & set(argv):
         _refuse_unknown(argv, leaves, method)
-    values = tyro.cli(
-        flags,
-        args=argv,
-        prog=f"inlay {verb.name}",
-        description=_description(verb, method),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a recipe's plain values stand in as defaults; read_plain types them below
+        values = tyro.cli(
+            flags,
+            args=argv,
+            prog=f"inlay {verb.name}",
+            description=_description(verb, method),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     plain = merge(recipe, values, leaves, given(argv, leaves))
     from inlay.train.settings import read_plain
 

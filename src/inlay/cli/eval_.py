@@ -1,0 +1,33 @@
+"""`inlay eval`: a base and its adapters on tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from inlay.cli.verbs import Verb
+
+if TYPE_CHECKING:
+    from inlay.evaluate.settings import EvalSettings
+
+
+def run(s: EvalSettings) -> None:
+    """Evaluate, print the table, leave generations and report in a folder."""
+    from inlay.cli.quiet import quiet
+
+    quiet()
+    from inlay.evaluate import settings
+
+    settings.run(s)
+
+
+VERB = Verb(
+    "eval",
+    "Score a base and its adapters on tasks, all adapters in the same batches.",
+    "inlay.evaluate.settings:EvalSettings",
+    run,
+    (
+        "inlay eval --model tiny-llama --adapters runs/lora/adapter --bare --tasks world-arith --limit 100",
+        "inlay eval --model llama-dir --adapters runs/math/adapter --tasks math --data data/llm_adapters --protocol published",
+        "inlay eval --model tiny-llama --adapters runs/choice/adapter --tasks world-boolq --how options",
+    ),
+)
