@@ -27,7 +27,7 @@ KILLED = {"method": "lora", "dropout": 0.1}
 
 
 def killed_settings(run: Path):
-    return settings(run, steps=120, save_every=1, eval_every=25, batch_size=4, micro_batch=3, lr=1e-3)
+    return settings(run, steps=80, save_every=1, eval_every=25, batch_size=4, micro_batch=3, lr=1e-3)
 
 
 def trace(run_dir: Path):
@@ -192,7 +192,7 @@ def test_killed_for_real(tmp_path, kills):
         before = max(checkpoint.steps(run), default=0)
         while process.poll() is None and max(checkpoint.steps(run), default=0) <= before:
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.5 / kills))
+        time.sleep(draw.uniform(0, 0.3 / kills))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
         process.stderr.close()
@@ -200,7 +200,7 @@ def test_killed_for_real(tmp_path, kills):
         assert steps[-1] > before
         for step in checkpoint.steps(run):
             checkpoint.read(run / f"checkpoint-{step}")
-    assert steps[-1] < 120, "the run was through before it was killed"
+    assert steps[-1] < 80, "the run was through before it was killed"
     host = wearing(**KILLED)
     fit(host, "a", rows(30), rows(4, 1), killed_settings(run), run, None, resume=True)
     straight = wearing(**KILLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 
@@ -28,9 +29,12 @@ class Calls(list):
 def calls(monkeypatch):
     made = Calls()
     run = types.SimpleNamespace(id="run7", log=made.taker("log"), finish=made.taker("finish"))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=made.taker("init", run)))
-    fake = types.SimpleNamespace(init=made.taker("init"), log=made.taker("log"), finish=made.taker("finish"))
-    monkeypatch.setitem(sys.modules, "trackio", fake)
+    fakes = {"wandb": {"init": made.taker("init", run)}, "trackio": {n: made.taker(n) for n in ("init", "log", "finish")}}
+    for name, functions in fakes.items():
+        fake = types.ModuleType(name)
+        fake.__spec__ = importlib.machinery.ModuleSpec(name, None)  # accelerate looks for it
+        vars(fake).update(functions)
+        monkeypatch.setitem(sys.modules, name, fake)
     return made
 
 
