@@ -62,7 +62,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """A recipe as nested mappings; what is not a mapping of settings is an error."""
     file = Path(path)
     if not file.is_file():
-        raise InlayError(f"there is no recipe {path!r}")
+        known = shipped()
+        if path not in known:
+            raise InlayError(f"there is no recipe {path!r}; give a YAML file, or one that comes along: {', '.join(known)}")
+        file = known[path]
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -70,6 +73,15 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise InlayError(f"{path} must hold a mapping of settings, such as `model: tiny-llama`")
     return {str(k): v for k, v in found.items()}
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the recipes that come with Inlay, installed or in its source tree."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if folder.is_dir():
+            return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
+    return {}
 
 
 # ---- which method ----------------------------------------------------------------------------------------------------
@@ -145,6 +157,8 @@ def _method_class(method: Any, taken: set[str], title: str) -> tuple[type, list[
     start = method.make()
     made, leaves = [], []
     for field in dataclasses.fields(method.edit):
+        if dataclasses.is_dataclass(getattr(start, field.name)):
+            continue  # an edit inside an edit is composed in Python
         flag = f"method_{field.name}" if field.name in taken else field.name
         leaves.append(Leaf(flag, "settings", field.name, held=title))
         note = tyro.conf.arg(name=flag.replace("_", "-"), help=docs.get(field.name))

@@ -44,7 +44,7 @@ VERB = Verb(
     run,
     (
         "inlay train --model tiny-llama --task world-arith --method lora --rank 8 --steps 200 --out runs/lora",
-        "inlay train --recipe recipes/published/llama-7b-lora-math.yaml --train-file math_10k.json --out runs/math",
+        "inlay train --recipe llama-7b-lora-math --train-file math_10k.json",
         "inlay train --recipe my.yaml --resume",
     ),
 )

@@ -1,0 +1,85 @@
+"""The house's floors: imports run down only, the core knows torch alone, and `import inlay` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "inlay"
+FLOORS = (
+    ("core",),
+    ("methods", "models", "deltas", "interop", "tasks", "api", "__init__"),
+    ("train", "evaluate", "knowledge", "library", "plan"),
+    ("study", "serve", "demo"),
+    ("cli", "__main__"),
+)
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+ALONE = {"tasks": {"tasks"}, "methods": {"methods"}, "deltas": {"deltas"}}
+"""Rooms of the second floor that know nothing of their neighbours."""
+CORE_MAY = {"torch", "safetensors", "inlay"}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, those inside functions included; relative ones spelled out."""
+    package = ("inlay", *path.relative_to(SRC).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            if module == "inlay":
+                yield from ((node.lineno, f"inlay.{a.name}") for a in node.names)
+            else:
+                yield node.lineno, module
+
+
+def test_every_file_stands_on_a_floor():
+    assert {room(f) for f in FILES} <= set(FLOOR), "name the new package in FLOORS"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_run_down(path):
+    here = room(path)
+    for line, name in imports(path):
+        head, _, rest = name.partition(".")
+        if head != "inlay":
+            continue
+        there = rest.partition(".")[0]
+        there = there if there in FLOOR else "__init__"
+        assert FLOOR[there] <= FLOOR[here], f"{path.name}:{line} imports {name}, which stands above {here}"
+        if here in ALONE and there not in ("core", "__init__"):
+            assert there in ALONE[here], f"{path.name}:{line} imports {name}; {here} knows the core only"
+
+
+@pytest.mark.parametrize("path", sorted((SRC / "core").glob("*.py")), ids=lambda p: p.name)
+def test_the_core_knows_torch_alone(path):
+    outside = {n.partition(".")[0] for _, n in imports(path)} - set(sys.stdlib_module_names) - CORE_MAY
+    assert not outside
+
+
+def loaded(code: str) -> set[str]:
+    """Modules in a fresh interpreter after this code."""
+    show = "import sys; print(' '.join(m for m in sys.modules if '.' not in m))"
+    made = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=True)
+    return set(made.stdout.split("\n")[-2].split())
+
+
+def test_import_inlay_is_light():
+    assert not loaded("import inlay") & {"torch", "transformers", "datasets", "peft", "accelerate"}
+    assert not loaded("import inlay; inlay.attach, inlay.method, inlay.METHODS") & {"transformers", "datasets", "peft"}
+    assert not loaded("import inlay.tasks") & {"torch", "transformers", "datasets"}
+
+
+def test_the_command_line_says_what_it_can_do_without_torch():
+    assert not loaded("from inlay.cli import main; main(['--help'])") & {"torch", "transformers", "datasets"}
