@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,13 @@ LIMIT = 1e-5
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 50, "max_position_embeddings": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
     },
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 50, "n_positions": 64},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50},
@@ -97,14 +104,40 @@ def attach(family: str) -> Any:
     return inlay.attach(base(family))
 
 
+def _peft() -> Any:
+    import peft
+
+    return peft
+
+
+def saved(config, folder: Path, family: str = "llama", around: float = 0.0) -> torch.Tensor:
+    """A random PEFT adapter in a folder; returns its logits."""
+    torch.manual_seed(4)
+    config.task_type = "CAUSAL_LM"
+    model = _peft().get_peft_model(base(family), config).eval()
+    shake((p for p in model.parameters() if p.requires_grad), around)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+def loaded(folder: Path, family: str = "llama") -> torch.Tensor:
+    """What PEFT says with a folder."""
+    return logits(_peft().PeftModel.from_pretrained(base(family), folder).eval())
+
+
+def edit_config(folder: Path, **fields) -> None:
+    """Change fields of a config on disk."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
 def table() -> str:
-    """The record as a Markdown table."""
-    families = [f for f in SIZES if any(k[1] == f for k in DIFFERENCES)]
-    directions = list(dict.fromkeys(k[2] for k in DIFFERENCES))
+    """The record as Markdown, a table for each direction."""
     lines = []
-    for direction in directions:
+    for direction in dict.fromkeys(k[2] for k in DIFFERENCES):
+        families = [f for f in SIZES if any(k[1:] == (f, direction) for k in DIFFERENCES)]
         lines += [f"\n## {direction}\n", f"| method | {' | '.join(families)} |", f"|---|{'---|' * len(families)}"]
         for m in dict.fromkeys(k[0] for k in DIFFERENCES if k[2] == direction):
             cells = [DIFFERENCES.get((m, f, direction)) for f in families]
-            lines.append(f"| {m} | {' | '.join('' if c is None else f'{c:.1e}' for c in cells)} |")
+            lines.append(f"| {m} | {' | '.join('' if c is None else f'{c:.1e}' if c else '0' for c in cells)} |")
     return "\n".join(lines) + "\n"

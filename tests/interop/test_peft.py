@@ -1,4 +1,4 @@
-"""HF PEFT folders: equal logits both ways, tensors equal to the bit on a round trip, for every method PEFT and Inlay share."""
+"""HF PEFT folders: equal logits both ways, equal bits on a round trip, for every method PEFT and Inlay share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.interop.peers import LINEARS, ROLES, attach, base, close, differs, host_logits, logits, shake
 from safetensors.torch import load_file
 
 import inlay
 from inlay.interop import peft as ours
+from tests.interop.peers import LINEARS, ROLES, attach, base, close, differs, host_logits, logits, shake
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,38 +37,65 @@ class Case:
 
 CASES = {
     "LoRA": Case(lambda **k: peft.LoraConfig(r=4, lora_alpha=8, **k), "lora", {"rank": 4, "alpha": 8.0}),
-    "rsLoRA": Case(lambda **k: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, **k), "rslora", {"rank": 4, "alpha": 6.0}),
+    "rsLoRA": Case(
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, **k), "rslora", {"rank": 4, "alpha": 6.0}
+    ),
     "DoRA": Case(lambda **k: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, **k), "dora", {"rank": 4, "alpha": 8.0}),
     "AdaLoRA": Case(
-        lambda **k: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=10, total_step=10, **k), "adalora",
+        lambda **k: peft.AdaLoraConfig(init_r=5, target_r=3, lora_alpha=10, total_step=10, **k),
+        "adalora",
         {"rank": 5, "alpha": 10.0},
     ),
     "LoHa": Case(lambda **k: peft.LoHaConfig(r=3, alpha=6, **k), "loha", {"rank": 3, "alpha": 6.0}, LINEAR_ONLY),
     "LoKr": Case(lambda **k: peft.LoKrConfig(r=2, alpha=6, **k), "lokr", {"rank": 2, "alpha": 6.0}, LINEAR_ONLY),
     "LoKr, both factors decomposed": Case(
-        lambda **k: peft.LoKrConfig(r=1, alpha=2, decompose_both=True, decompose_factor=4, **k), "lokr",
-        {"rank": 1, "alpha": 2.0, "decompose_both": True, "factor": 4}, LINEAR_ONLY,
+        lambda **k: peft.LoKrConfig(r=1, alpha=2, decompose_both=True, decompose_factor=4, **k),
+        "lokr",
+        {"rank": 1, "alpha": 2.0, "decompose_both": True, "factor": 4},
+        LINEAR_ONLY,
     ),
     "LoKr, whole factors (KronA)": Case(
         lambda **k: peft.LoKrConfig(r=64, alpha=64, **k), "krona", {"rank": 4, "alpha": 4.0}, LINEAR_ONLY
     ),
     "VeRA": Case(lambda **k: peft.VeraConfig(r=8, **k), "vera", {"rank": 8}),
     "VeRA, projections not saved": Case(
-        lambda **k: peft.VeraConfig(r=8, save_projection=False, projection_prng_key=3, **k), "vera",
-        {"rank": 8, "projection_seed": 3}, same_file=False,
+        lambda **k: peft.VeraConfig(r=8, save_projection=False, projection_prng_key=3, **k),
+        "vera",
+        {"rank": 8, "projection_seed": 3},
+        same_file=False,
     ),
     "RoAd-1": Case(lambda **k: peft.RoadConfig(variant="road_1", group_size=8, **k), "road1", {}, LINEAR_ONLY, 0.5),
     "RoAd-2": Case(
-        lambda **k: peft.RoadConfig(variant="road_2", group_size=16, **k), "road2", {"pairing": "half", "group": 16}, LINEAR_ONLY, 0.5
+        lambda **k: peft.RoadConfig(variant="road_2", group_size=16, **k),
+        "road2",
+        {"pairing": "half", "group": 16},
+        LINEAR_ONLY,
+        0.5,
     ),
     "RoAd-4": Case(
-        lambda **k: peft.RoadConfig(variant="road_4", group_size=8, **k), "road4", {"pairing": "half", "group": 8}, LINEAR_ONLY, 0.5
+        lambda **k: peft.RoadConfig(variant="road_4", group_size=8, **k),
+        "road4",
+        {"pairing": "half", "group": 8},
+        LINEAR_ONLY,
+        0.5,
     ),
-    "prefix": Case(lambda **k: peft.PrefixTuningConfig(num_virtual_tokens=5, **k), "prefix", {"tokens": 5}, targets=False, at="k,v"),
-    "prompt": Case(lambda **k: peft.PromptTuningConfig(num_virtual_tokens=4, **k), "prompt", {"tokens": 4}, targets=False, at="embed"),
+    "prefix": Case(
+        lambda **k: peft.PrefixTuningConfig(num_virtual_tokens=5, **k), "prefix", {"tokens": 5}, targets=False, at="k,v"
+    ),
+    "prompt": Case(
+        lambda **k: peft.PromptTuningConfig(num_virtual_tokens=4, **k),
+        "prompt",
+        {"tokens": 4},
+        targets=False,
+        at="embed",
+    ),
     "P-tuning": Case(
-        lambda **k: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, **k), "ptuning",
-        {"tokens": 4, "hidden": 16}, targets=False, at="embed", same_file=False,
+        lambda **k: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, **k),
+        "ptuning",
+        {"tokens": 4, "hidden": 16},
+        targets=False,
+        at="embed",
+        same_file=False,
     ),
 }
 RUNS = [pytest.param(name, family, id=f"{name}-{family}") for name, case in CASES.items() for family in case.families]
@@ -126,9 +153,13 @@ def test_round_trip_is_bit_equal(name, family, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-# ---- (IA)^3: the feed-forward vector scales the input --------------------------------------------------------------------
-IA3 = {"llama": (["k_proj", "v_proj", "down_proj"], "k,v,down", ["down_proj"]), "gptj": (["k_proj", "fc_out"], "k,down", ["fc_out"]),
-       "bloom": (["query_key_value", "dense_4h_to_h"], "qkv,down", ["dense_4h_to_h"]), "gpt2": (["c_attn", "mlp.c_proj"], "qkv,down", ["mlp.c_proj"])}
+# ---- (IA)^3: the feed-forward vector scales the input ----------------------------------------------------------------
+IA3 = {
+    "llama": (["k_proj", "v_proj", "down_proj"], "k,v,down", ["down_proj"]),
+    "gptj": (["k_proj", "fc_out"], "k,down", ["fc_out"]),
+    "bloom": (["query_key_value", "dense_4h_to_h"], "qkv,down", ["dense_4h_to_h"]),
+    "gpt2": (["c_attn", "mlp.c_proj"], "qkv,down", ["mlp.c_proj"]),
+}
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -141,6 +172,7 @@ def test_ia3(family, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     host = attach(family)
     ours.read(host, tmp_path / "theirs", "a")
+    differs(logits(model), family)
     close(host_logits(host, "a"), logits(model), "(IA)^3", family, "PEFT to Inlay")
     host.add("b", inlay.method("ia3").make(), at=roles)
     shake(host.parameters("b"), 1.0, 0.5)
@@ -149,15 +181,14 @@ def test_ia3(family, tmp_path):
     close(host_logits(host, "b"), logits(back), "(IA)^3", family, "Inlay to PEFT")
 
 
-# ---- PiSSA ---------------------------------------------------------------------------------------------------------------
+# ---- PiSSA -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
 def test_pissa(family, tmp_path):
     torch.manual_seed(2)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=LINEARS[family])
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=LINEARS[family]
+    )
     model = peft.get_peft_model(base(family), config).eval()
-    # PEFT's base is the rounded residual W - s B0 A0: how far that alone moves the logits is its own error, not the reader's.
-    limit = 1e-5 + 3 * float((logits(model) - logits(base(family))).abs().max())
-    assert limit < 1e-4
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
@@ -172,7 +203,7 @@ def test_pissa(family, tmp_path):
     host = attach(family)
     for kind in ("raw", "converted"):
         ours.read(host, tmp_path / kind, kind)
-        close(host_logits(host, kind), theirs, f"PiSSA ({kind})", family, "PEFT to Inlay", limit)
+        close(host_logits(host, kind), theirs, f"PiSSA ({kind})", family, "PEFT to Inlay")
     assert host.edits["raw"].init == "pissa" and host.edits["converted"].rank == 8
     assert ours.write(host, "raw", tmp_path / "ours").notes
     back = peft.PeftModel.from_pretrained(base(family), tmp_path / "ours").eval()

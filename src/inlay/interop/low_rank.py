@@ -1,9 +1,10 @@
-"""Any additive adapter as plain low-rank factors per module: exactly where it is low-rank, else by SVD with its error."""
+"""Any additive adapter as low-rank factors per module: exactly where it is low-rank, else by SVD with its error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.place import Place, Spot
-from inlay.core.site import Site
 
 Worn = tuple[Spot, Place, Weights]
 ADDITIVE = ("lora", "adalora", "vera", "loha", "lokr", "full")
@@ -42,15 +42,12 @@ class Factors:
 
 
 def worn_by_path(host: Host, name: str) -> dict[str, list[Worn]]:
-    """Module path -> the places of an adapter on that module: one, or several parts of a fused projection."""
+    """Module path -> the adapter's places on it: one, or several parts of a fused projection. Tensors on the CPU."""
     found: dict[str, list[Worn]] = {}
-    for site in _sites(host, name):
-        found.setdefault(site.spot.path, []).append((site.spot, site.places[name], site.tensors(name)))
+    for site in (s for s in host.sites.values() if name in s.places):
+        w = {k: v.detach().float().cpu() for k, v in site.tensors(name).items()}
+        found.setdefault(site.spot.path, []).append((site.spot, site.places[name], w))
     return found
-
-
-def _sites(host: Host, name: str) -> Iterator[Site]:
-    yield from (s for s in host.sites.values() if name in s.places)
 
 
 def whole_place(host: Host, path: str) -> Place:
@@ -60,7 +57,11 @@ def whole_place(host: Host, path: str) -> Place:
     site = host.sites[key]
     part = site.spot.part
     d_out = site.place.d_out if part is None else site.place.d_out * part.slots // (part.hi - part.lo)
-    return replace(site.place, f=lambda x: layer.forward(x), d_out=d_out, role="module", key=path)
+
+    def f(x: Tensor) -> Tensor:
+        return layer.forward(x.to(host.device, host.dtype)).float().cpu()
+
+    return replace(site.place, f=f, d_out=d_out, role="module", key=path)
 
 
 def spread_rows(spot: Spot, fused: int, rows: Tensor, rest: Tensor | float = 0.0) -> Tensor:
@@ -73,33 +74,35 @@ def spread_rows(spot: Spot, fused: int, rows: Tensor, rest: Tensor | float = 0.0
     return put.T.reshape(fused, *rows.shape[1:])
 
 
-def exact(edit: Edit, place: Place, w: Weights) -> Factors | None:
+def exact(edit: Any, place: Place, w: Weights) -> Factors | None:
     """Factors that are the update itself; None if the update is not written as a low-rank product."""
     if edit.kind == "lora":
         if "_A0" in w:  # s (B A - B0 A0) = s [B, -B0] [A; A0]
-            return Factors(torch.cat([w["A"], w["_A0"]]), torch.cat([w["B"], -w["_B0"]], 1), edit.scale)  # type: ignore[attr-defined]
-        return Factors(w["A"], w["B"], edit.scale)  # type: ignore[attr-defined]
+            return Factors(torch.cat([w["A"], w["_A0"]]), torch.cat([w["B"], -w["_B0"]], 1), edit.scale)
+        return Factors(w["A"], w["B"], edit.scale)
     if edit.kind == "adalora":
-        return Factors(w["Q"], w["P"] * w["E"], edit.alpha / edit.rank)  # type: ignore[attr-defined]
+        return Factors(w["Q"], w["P"] * w["E"], edit.alpha / edit.rank)
     if edit.kind == "vera":
         A, B = w["_A"][:, : place.d_in], w["_B"][: place.d_out]
         return Factors(w["d"][:, None] * A, w["b"][:, None] * B, 1.0)
-    if edit.kind == "loha" and edit.rank**2 < min(place.d_in, place.d_out):  # type: ignore[attr-defined]
-        left, right = edit.factors(w)  # type: ignore[attr-defined]
-        return Factors(right, left, edit.alpha / edit.rank)  # type: ignore[attr-defined]
+    if edit.kind == "loha" and edit.rank**2 < min(place.d_in, place.d_out):
+        left, right = edit.factors(w)
+        return Factors(right, left, edit.alpha / edit.rank)
     return None
 
 
 def dense(edit: Edit, place: Place, w: Weights) -> Tensor:
     """Delta (D_out, D_in) of an additive edit, read off by feeding it the identity."""
     if set(w) & {"bias", "gain", "tied"}:
-        raise InlayError(f"{edit.kind} at {place.key!r} moves a bias, a norm or a tied embedding, which no low-rank product can")
+        raise InlayError(
+            f"{edit.kind} at {place.key!r} moves a bias, a norm or a tied embedding, which no low-rank product can"
+        )
     eye = torch.eye(place.d_in)
     return edit.after(w, eye, torch.zeros(place.d_in, place.d_out), Call(place)).T
 
 
 def by_svd(delta: Tensor, rank: int | None, tolerance: float = 1e-6) -> Factors:
-    """The best factors of rank at most `rank`; without one, of the smallest rank whose relative error is below `tolerance`."""
+    """The best factors of rank at most `rank`; without one, of the smallest rank with an error below `tolerance`."""
     U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
     total = S.square().sum()
     if not total:
@@ -115,12 +118,12 @@ def by_svd(delta: Tensor, rank: int | None, tolerance: float = 1e-6) -> Factors:
 
 @torch.no_grad()
 def factorise(host: Host, name: str, rank: int | None = None) -> dict[str, Factors]:
-    """Module path -> factors of the whole update there. Parts of a fused projection become one product of their summed rank.
+    """Module path -> factors of the whole update there. Parts of a fused projection become one product of summed rank.
 
     Args:
         rank: the widest that is wanted. Exact factors wider than that are cut by SVD too, and their error is reported.
     """
-    edit = host.edits[name]
+    edit: Any = host.edits[name]
     if edit.kind not in ADDITIVE:
         raise InlayError(
             f"{name!r} is {edit.kind!r}, which does not add a matrix to a linear, so it has no plain LoRA; "
@@ -131,8 +134,7 @@ def factorise(host: Host, name: str, rank: int | None = None) -> dict[str, Facto
         fused = whole_place(host, path).d_out
         parts = []
         for spot, place, w in places:
-            cpu = {k: v.detach().float().cpu() for k, v in w.items()}
-            f = exact(edit, place, cpu) or by_svd(dense(edit, place, cpu), rank)
+            f = exact(edit, place, w) or by_svd(dense(edit, place, w), rank)
             parts.append(replace(f, B=spread_rows(spot, fused, f.B)))
         made[path] = _joined(parts, rank)
     return made

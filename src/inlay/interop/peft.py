@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
-from inlay.interop import peft_lora, peft_vectors
+from inlay.interop import peft_lora, peft_products, peft_vectors
 from inlay.interop.low_rank import factorise, widest
 from inlay.interop.peft_folder import Found, Tensors, free_name, hang, read_config, read_tensors, write_folder
 from inlay.interop.peft_row import Dumped, Row, fill_places, layer_kind
 
-ROWS = (*peft_lora.ROWS, *peft_vectors.ROWS)
+ROWS = (*peft_lora.ROWS, *peft_products.ROWS, *peft_vectors.ROWS)
 BY_TYPE = {row.type: row for row in ROWS}
 BY_KIND = {kind: row for row in ROWS for kind in row.kinds}
 PREFIX = "base_model.model."
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 COMMON = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules "
-    "layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config".split()
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
+    "exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config".split()
 )
 """Fields that say where and whence, or that act only through another one."""
-UNSET = (None, False, 0, "", "none", [], {}, ())
+UNSET: tuple[Any, ...] = (None, False, 0, "", "none", [], {}, ())
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,26 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 def read(host: Host, folder: str | Path, name: str | None = None) -> str:
-    """Hang a PEFT adapter on a host. Raises `InlayError`, and leaves the host as it was, for whatever has no counterpart."""
+    """Hang a PEFT adapter on a host. `InlayError`, and an unchanged host, for whatever has no counterpart."""
     folder = Path(folder)
     return load(host, folder, read_config(folder), read_tensors(folder, *FILES), name)
 
 
-def load(host: Host, folder: Path, config: Mapping[str, Any], tensors: Tensors, name: str | None = None) -> str:
+def load(
+    host: Host,
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    name: str | None = None,
+    rows: Mapping[str, Row] = BY_TYPE,
+) -> str:
     """The same, from a config and tensors at hand."""
-    kind = config.get("peft_type")
-    if kind not in BY_TYPE:
-        raise unknown("peft_type", kind, BY_TYPE, f"It stands in {folder}.")
-    row = BY_TYPE[kind]
+    kind = str(config.get("peft_type"))
+    if kind not in rows:
+        raise unknown("peft_type", kind, rows, f"It stands in {folder}.")
+    row = rows[kind]
     check_settings(folder, config, row)
     found = sort_tensors(folder, config, tensors, row)
     if row.names:
@@ -72,9 +79,12 @@ def check_settings(folder: Path, config: Mapping[str, Any], row: Row) -> None:
         if field in COMMON | row.fields or value in UNSET:
             continue
         if field not in row.training:
-            raise InlayError(f"{folder}: {row.type} with {field}={value!r} has no counterpart in Inlay; nothing was read")
+            raise InlayError(
+                f"{folder}: {row.type} with {field}={value!r} has no counterpart in Inlay; nothing was read"
+            )
         warnings.warn(
-            f"{folder}: {field}={value!r} acts in training only and is not kept; what the adapter says is the same", stacklevel=4
+            f"{folder}: {field}={value!r} acts in training only and is not kept; what the adapter says is the same",
+            stacklevel=4,
         )
 
 
@@ -83,7 +93,9 @@ def sort_tensors(folder: Path, config: Mapping[str, Any], tensors: Tensors, row:
     places: dict[str, Tensors] = {}
     top: Tensors = {}
     strange = []
-    pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(re.escape(n) for n in row.names)})") if row.names else None
+    pattern = (
+        re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(re.escape(n) for n in row.names)})") if row.names else None
+    )
     for key, t in tensors.items():
         t = t.float() if t.is_floating_point() else t
         if key in row.top:
@@ -94,7 +106,9 @@ def sort_tensors(folder: Path, config: Mapping[str, Any], tensors: Tensors, row:
             strange.append(key)
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        raise InlayError(f"{folder}: {row.type} does not know the tensors {', '.join(sorted(strange)[:3])}{more}; nothing was read")
+        raise InlayError(
+            f"{folder}: {row.type} does not know the tensors {', '.join(sorted(strange)[:3])}{more}; nothing was read"
+        )
     if row.names and not places:
         raise InlayError(f"{folder} holds no {row.type} tensors")
     return Found(folder, config, places, top)
@@ -104,7 +118,10 @@ def check_modules(host: Host, found: Found, row: Row) -> None:
     """The file's modules must be this model's, and those that `target_modules` names: no more and no fewer."""
     modules = bare_modules(host.model)
     if lost := sorted(set(found.places) - set(modules)):
-        raise found.error(f"this model has no module {lost[0]!r} ({len(lost)} such); it is a {host.anatomy.family} of {host.anatomy.layers} layers")
+        raise found.error(
+            f"this model, a {host.anatomy.family} of {host.anatomy.layers} layers, has no module {lost[0]!r} "
+            f"({len(lost)} such)"
+        )
     for path, t in found.places.items():
         kind = layer_kind(modules[path])
         if kind not in row.layers:
@@ -113,11 +130,16 @@ def check_modules(host: Host, found: Found, row: Row) -> None:
             raise found.error(f"the file brings its own base weights for {path}, which are not this model's")
     if found.setting("target_modules") is None:
         return
-    named = {p for p, m in modules.items() if layer_kind(m) in (*row.layers, "embedding") and targeted(found.config, p, m, host.model)}
+    named = {p for p, m in modules.items() if layer_kind(m) in row.layers and targeted(found.config, p, m, host.model)}
     if extra := sorted(set(found.places) - named):
-        raise found.error(f"tensors at {extra[0]} ({len(extra)} such), which target_modules={found.config['target_modules']!r} does not name")
+        raise found.error(
+            f"target_modules={found.config['target_modules']!r} does not name {extra[0]} ({len(extra)} such), for "
+            "which the file has tensors"
+        )
     if missing := sorted(named - set(found.places)):
-        raise found.error(f"target_modules names {missing[0]} ({len(missing)} such), but the file has no tensors for it")
+        raise found.error(
+            f"target_modules names {missing[0]} ({len(missing)} such), but the file has no tensors for it"
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -154,12 +176,12 @@ def targeted(config: Mapping[str, Any], path: str, layer: nn.Module, model: nn.M
     return False
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 def write(host: Host, name: str, folder: str | Path, format: str = "peft", rank: int | None = None) -> Written:
     """Write an adapter for another library.
 
     Args:
-        format: `peft` keeps the method; `vllm` writes any additive adapter as one plain LoRA (one rank, alpha = rank, no biases).
+        format: `peft` keeps the method; `vllm` writes any additive adapter as one plain LoRA of one rank, alpha = rank.
         rank: for `vllm`, the widest rank wanted; wider updates are cut by SVD and the error is reported.
     """
     if name not in host.edits:
@@ -172,14 +194,17 @@ def write(host: Host, name: str, folder: str | Path, format: str = "peft", rank:
         raise InlayError("rank is a choice of format 'vllm'; 'peft' keeps the adapter's own")
     edit = host.edits[name]
     if edit.kind not in BY_KIND:
-        raise InlayError(f"PEFT has no method for {edit.kind!r} ({name!r}); it has: {', '.join(sorted(BY_KIND))}. Use inlay.save")
+        raise InlayError(
+            f"PEFT has no method for {edit.kind!r} ({name!r}); it has: {', '.join(sorted(BY_KIND))}. Use inlay.save"
+        )
     row = BY_KIND[edit.kind]
     dumped = row.dump(host, name)
     modules = bare_modules(host.model)
     for path in dumped.places:
         if layer_kind(modules[path]) not in row.layers:
             raise InlayError(
-                f"PEFT cannot hang {row.type} on {path}, a {layer_kind(modules[path])}; it may stand on {', '.join(row.layers)}"
+                f"PEFT cannot hang {row.type} on {path}, a {layer_kind(modules[path])}; "
+                f"it may stand on {', '.join(row.layers)}"
                 + (". Format 'vllm' writes it as a LoRA" if row.type in ("LOHA", "LOKR") else "")
             )
     tensors = {f"{PREFIX}{p}.{k}": v for p, t in dumped.places.items() for k, v in t.items()} | dumped.top
@@ -194,17 +219,22 @@ def _config(host: Host, row: Row, dumped: Dumped) -> dict[str, Any]:
             # PEFT wants the second list to be part of the first, word by word.
             inner = set(fields["feedforward_modules"])
             fields["feedforward_modules"] = suffixes(host, inner)
-            fields["target_modules"] = sorted({*fields["feedforward_modules"], *suffixes(host, set(dumped.places) - inner)})
+            fields["target_modules"] = sorted(
+                {*fields["feedforward_modules"], *suffixes(host, set(dumped.places) - inner)}
+            )
         if "fan_in_fan_out" in row.fields:
             fields["fan_in_fan_out"] = any(layer_kind(host.model.get_submodule(p)) == "conv1d" for p in dumped.places)
     return {
-        "peft_type": row.type, "task_type": "CAUSAL_LM", "inference_mode": True,
-        "base_model_name_or_path": getattr(host.model.config, "_name_or_path", None) or None, **fields,
+        "peft_type": row.type,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(host.model.config, "_name_or_path", None) or None,
+        **fields,
     }
 
 
 def suffixes(host: Host, paths: set[str]) -> list[str]:
-    """The shortest list that names exactly these modules: a last name where all modules of that name are meant, else whole paths."""
+    """The shortest list that names exactly these modules: a last name where all of that name are meant, else paths."""
     everywhere: dict[str, set[str]] = {}
     for path in bare_modules(host.model):
         everywhere.setdefault(path.rsplit(".", 1)[-1], set()).add(path)
@@ -217,15 +247,23 @@ def write_vllm(host: Host, name: str, folder: Path, rank: int | None) -> Written
     modules = bare_modules(host.model)
     for path in factors:
         if layer_kind(modules[path]) not in ("linear", "conv1d"):
-            raise InlayError(f"{name!r} hangs at {path}, a {layer_kind(modules[path])}; vLLM serves LoRA at linears only")
+            raise InlayError(
+                f"{name!r} hangs at {path}, a {layer_kind(modules[path])}; vLLM serves LoRA at linears only"
+            )
     wide = widest(factors)
-    tensors = {}
+    tensors: Tensors = {}
     for path, f in factors.items():
         g = f.folded(wide)
         tensors |= {f"{PREFIX}{path}.lora_A.weight": g.A, f"{PREFIX}{path}.lora_B.weight": g.B}
     fields = {
-        "r": wide, "lora_alpha": wide, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
-        "init_lora_weights": True, "modules_to_save": None,
+        "r": wide,
+        "lora_alpha": wide,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
     }
     config = _config(host, BY_TYPE["LORA"], Dumped(fields, {p: {} for p in factors}))
     return Written(write_folder(folder, config, tensors), wide, max(f.error for f in factors.values()))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ def _pickled(file: Path) -> Tensors:
             f"{file} is a pickle that holds more than tensors. It was not run: loading it could execute code. "
             f"Ask its author for a safetensors file. ({str(e).splitlines()[0]})"
         ) from e
-    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, AttributeError) as e:
+    except Exception as e:  # a broken pickle can raise anything
         raise InlayError(f"{file} is not a readable torch file: {e}") from e
     if not isinstance(held, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items()):
         raise InlayError(f"{file} does not hold a mapping of names to tensors")
@@ -112,8 +111,8 @@ Fill = Callable[[Host, str], Mapping[str, Tensor]]
 def hang(host: Host, name: str, edit: Any, at: list[str] | str, values: Fill) -> str:
     """Hang an edit and fill it with a file's tensors; if anything is wrong the host is left as it was.
 
-    `values(host, name)` gives every tensor of the adapter by its name in `host.tensors`; constants (`_...`) that it leaves
-    out keep what the base gave them.
+    `values(host, name)` gives every tensor of the adapter by its name in `host.tensors`; constants (`_...`) that it
+    leaves out keep what the base gave them.
     """
     host.add(name, edit, at=at, seed=0)
     try:
@@ -136,6 +135,4 @@ def free_name(host: Host, folder: Path, name: str | None) -> str:
 
 def paths_of(host: Host, name: str) -> dict[str, str]:
     """Module path -> place key, over the places of an adapter that stand on whole modules."""
-    return {
-        s.spot.path: key for key, s in host.sites.items() if name in s.places and s.spot.part is None
-    }
+    return {s.spot.path: key for key, s in host.sites.items() if name in s.places and s.spot.part is None}

@@ -15,7 +15,7 @@ from inlay.interop.peft_row import Dumped, Loaded, Row, need, plain_worn
 from inlay.methods import method
 
 
-# ---- (IA)^3 --------------------------------------------------------------------------------------------------------------
+# ---- (IA)^3 ----------------------------------------------------------------------------------------------------------
 def load_ia3(found: Found) -> Loaded:
     """(1, in) scales a module's input, (out, 1) its output."""
     need(found, {"l"})
@@ -30,7 +30,8 @@ def load_ia3(found: Found) -> Loaded:
 
 def dump_ia3(host: Host, name: str) -> Dumped:
     """Vectors at parts of a fused projection become one, with ones elsewhere."""
-    edit, made, forward = host.edits[name], {}, []
+    edit: Any = host.edits[name]
+    made, forward = {}, []
     for path, places in worn_by_path(host, name).items():
         if {edit.wiring_of(place) for _, place, _ in places} == {"input"}:
             if len(places) > 1 or places[0][0].part is not None:
@@ -45,7 +46,7 @@ def dump_ia3(host: Host, name: str) -> Dumped:
     return Dumped({"feedforward_modules": forward, "init_ia3_weights": True}, made)
 
 
-# ---- RoAd ----------------------------------------------------------------------------------------------------------------
+# ---- RoAd ------------------------------------------------------------------------------------------------------------
 def load_road(found: Found) -> Loaded:
     """Output i is paired with i + group/2. Variant 4 stores its two rows group by group."""
     need(found, {"theta", "a"})
@@ -63,9 +64,9 @@ def load_road(found: Found) -> Loaded:
 
 def dump_road(host: Host, name: str) -> Dumped:
     """Neighbours are groups of two."""
-    edit = host.edits[name]
-    group = edit.group if edit.pairing == "half" else 2  # type: ignore[attr-defined]
-    variant = edit.variant  # type: ignore[attr-defined]
+    edit: Any = host.edits[name]
+    group = edit.group if edit.pairing == "half" else 2
+    variant = edit.variant
     made = {}
     for path, (_, w) in plain_worn(host, name, "RoAd").items():
         rows = {k: v.unflatten(1, (-1, group)).transpose(0, 1).flatten() if variant == 4 else v for k, v in w.items()}
@@ -73,7 +74,7 @@ def dump_road(host: Host, name: str) -> Dumped:
     return Dumped({"variant": f"road_{variant}", "group_size": group, "init_weights": True}, made)
 
 
-# ---- virtual tokens ------------------------------------------------------------------------------------------------------
+# ---- virtual tokens --------------------------------------------------------------------------------------------------
 def table_of(found: Found, width: int | None = None) -> Tensor:
     """`prompt_embeddings`, checked against the config."""
     table = found.top.get("table")
@@ -96,35 +97,51 @@ def load_prompt(found: Found) -> Loaded:
 
 def dump_prompt(host: Host, name: str) -> Dumped:
     """What stands in front of the embeddings."""
-    edit = host.edits[name]
+    edit: Any = host.edits[name]
     ((_, _, w),) = next(iter(worn_by_path(host, name).values()))
     with torch.no_grad():
-        table = edit.table(w)  # type: ignore[attr-defined]
+        table = edit.table(w)
     fields: dict[str, Any] = {**_shape(host, len(table)), "token_dim": table.shape[1]}
     if edit.kind == "ptuning":
-        kind = edit.encoder.upper()  # type: ignore[attr-defined]
-        fields |= {"encoder_reparameterization_type": kind, "encoder_hidden_size": edit.hidden, "encoder_num_layers": 2}  # type: ignore
+        kind = edit.encoder.upper()
+        fields |= {"encoder_reparameterization_type": kind, "encoder_hidden_size": edit.hidden, "encoder_num_layers": 2}
     else:
         fields["prompt_tuning_init"] = "RANDOM"
-    notes = ("PEFT keeps only what the encoder writes: training cannot go on from this file",) if edit.kind == "ptuning" else ()
+    notes = (
+        ("PEFT keeps only what the encoder writes: training cannot go on from this file",)
+        if edit.kind == "ptuning"
+        else ()
+    )
     return Dumped(fields, top={"prompt_embeddings": table}, notes=notes)
 
 
+def settings_of(host: Host) -> Any:
+    """The text decoder's config."""
+    config: Any = host.model.config
+    return config.get_text_config()
+
+
 def _shape(host: Host, tokens: int) -> dict[str, Any]:
-    config = host.model.config.get_text_config()  # type: ignore[operator]
+    config = settings_of(host)
     return {
-        "num_virtual_tokens": tokens, "num_layers": host.anatomy.layers, "num_transformer_submodules": 1,
+        "num_virtual_tokens": tokens,
+        "num_layers": host.anatomy.layers,
+        "num_transformer_submodules": 1,
         "num_attention_heads": config.num_attention_heads,
     }
 
 
 def check_keys(host: Host) -> None:
-    """PEFT puts a prefix's keys into the cache as they are; a decoder that still works on k after its projection spoils that."""
+    """A PEFT prefix holds finished keys: a decoder that still works on k after its projection cannot take them."""
     for path, m in host.model.named_modules():
         if path.rsplit(".", 1)[-1] in ("k_norm", "k_layernorm"):
-            raise InlayError(f"a PEFT prefix holds finished keys, but this decoder normalises keys after k ({path}): not convertible")
+            raise InlayError(
+                f"a PEFT prefix holds finished keys, but this decoder normalises keys after k ({path}): not convertible"
+            )
         if getattr(m, "attention_scaling", 1.0) != 1.0:
-            raise InlayError(f"a PEFT prefix holds finished keys, but {path} scales keys by {m.attention_scaling}: not convertible")
+            raise InlayError(
+                f"a PEFT prefix holds finished keys, but {path} scales keys by {m.attention_scaling}: not convertible"
+            )
 
 
 def load_prefix(found: Found) -> Loaded:
@@ -132,7 +149,9 @@ def load_prefix(found: Found) -> Loaded:
     layers = found.setting("num_layers")
     table = table_of(found, found.top["table"].shape[1] if "table" in found.top else None)
     if not layers or table.shape[1] % (2 * layers) or found.setting("token_dim", 0) * 2 * layers != table.shape[1]:
-        raise found.error(f"prompt_embeddings of width {table.shape[1]} is not 2 x {layers} layers x {found.setting('token_dim')}")
+        raise found.error(
+            f"prompt_embeddings of width {table.shape[1]} is not 2 x {layers} layers x {found.setting('token_dim')}"
+        )
     edit = method("prefix").make(tokens=len(table))
 
     def values(host: Host, name: str) -> dict[str, Tensor]:
@@ -148,20 +167,28 @@ def load_prefix(found: Found) -> Loaded:
 def dump_prefix(host: Host, name: str) -> Dumped:
     """The finished tables; an encoder of them is folded in."""
     check_keys(host)
-    edit, by_key = host.edits[name], host.by_place(name)
+    edit: Any = host.edits[name]
+    by_key = host.by_place(name)
     with torch.no_grad():
-        tables = {key: edit.table(w) for key, w in by_key.items()}  # type: ignore[attr-defined]
+        tables = {key: edit.table(w) for key, w in by_key.items()}
     layers = host.anatomy.layers
     try:
         whole = torch.stack([torch.stack([tables.pop(f"{i}.{r}") for r in "kv"], 1) for i in range(layers)], 1)
     except KeyError as e:
-        raise InlayError(f"{name!r} has no prefix at {e.args[0]}; PEFT's prefix stands at k and v of every layer") from e
+        raise InlayError(
+            f"{name!r} has no prefix at {e.args[0]}; PEFT's prefix stands at k and v of every layer"
+        ) from e
     if tables:
         raise InlayError(f"{name!r} has a prefix at {sorted(tables)} beside k and v, which PEFT cannot have")
     width = whole.shape[-1]
-    config = host.model.config.get_text_config()  # type: ignore[operator]
+    config = settings_of(host)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fields = {**_shape(host, len(whole)), "token_dim": width, "num_attention_heads": width // head, "prefix_projection": False}
+    fields = {
+        **_shape(host, len(whole)),
+        "token_dim": width,
+        "num_attention_heads": width // head,
+        "prefix_projection": False,
+    }
     return Dumped(fields, top={"prompt_embeddings": whole.flatten(1)})
 
 
@@ -169,23 +196,46 @@ TOKENS = frozenset("num_virtual_tokens token_dim num_transformer_submodules num_
 TABLE = {"prompt_embeddings": "table"}
 ROWS = (
     Row(
-        type="IA3", kinds=("ia3",), names={"ia3_l": "l"}, layers=("linear", "conv1d"), load=load_ia3, dump=dump_ia3,
+        type="IA3",
+        kinds=("ia3",),
+        names={"ia3_l": "l"},
+        layers=("linear", "conv1d"),
+        load=load_ia3,
+        dump=dump_ia3,
         fields=frozenset(("feedforward_modules", "fan_in_fan_out", "init_ia3_weights")),
     ),
     Row(
-        type="ROAD", kinds=("road",), names={"road_theta": "theta", "road_alpha": "a"}, layers=("linear",),
-        load=load_road, dump=dump_road, fields=frozenset(("variant", "group_size", "init_weights")),
+        type="ROAD",
+        kinds=("road",),
+        names={"road_theta": "theta", "road_alpha": "a"},
+        layers=("linear",),
+        load=load_road,
+        dump=dump_road,
+        fields=frozenset(("variant", "group_size", "init_weights")),
     ),
     Row(
-        type="PREFIX_TUNING", kinds=("prefix",), top=TABLE, load=load_prefix, dump=dump_prefix,
+        type="PREFIX_TUNING",
+        kinds=("prefix",),
+        top=TABLE,
+        load=load_prefix,
+        dump=dump_prefix,
         fields=TOKENS | {"prefix_projection", "encoder_hidden_size", "init_weights"},
     ),
     Row(
-        type="PROMPT_TUNING", kinds=("prompt",), top=TABLE, load=load_prompt, dump=dump_prompt,
+        type="PROMPT_TUNING",
+        kinds=("prompt",),
+        top=TABLE,
+        load=load_prompt,
+        dump=dump_prompt,
         fields=TOKENS | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
     ),
     Row(
-        type="P_TUNING", kinds=("ptuning",), top=TABLE, load=load_prompt, dump=dump_prompt,
-        fields=TOKENS | {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
+        type="P_TUNING",
+        kinds=("ptuning",),
+        top=TABLE,
+        load=load_prompt,
+        dump=dump_prompt,
+        fields=TOKENS
+        | {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"},
     ),
 )
