@@ -19,7 +19,9 @@ def settings(row: inlay.core.method.Method) -> str:
     sources = [inspect.getsource(c) for c in row.edit.__mro__ if dataclasses.is_dataclass(c)]
     made = row.make()
     for f in dataclasses.fields(row.edit):
-        told = next((m[1] for s in sources if (m := re.search(rf'\n    {f.name}:[^\n]*\n    """(.*?)"""', s, re.S))), "")
+        told = next(
+            (m[1] for s in sources if (m := re.search(rf'\n    {f.name}:[^\n]*\n    """(.*?)"""', s, re.S))), ""
+        )
         lines.append(f"| `{f.name}` | `{getattr(made, f.name)!r}` | {' '.join(told.split())} |")
     return "\n".join(["| setting | default | |", "|---|---|---|", *lines]) if lines else "No settings."
 
@@ -39,7 +41,9 @@ def main() -> None:
             host.remove("x")
         except inlay.InlayError as e:
             count = f"none: {e}"
-        parts.append(f"## {name}\n\n{row.about[0].upper()}{row.about[1:]}. Default places `{row.places}`. Numbers: {count}.\n")
+        parts.append(
+            f"## {name}\n\n{row.about[0].upper()}{row.about[1:]}. Default places `{row.places}`. Numbers: {count}.\n"
+        )
         if row.edit in seen:
             parts.append(f"The formula is that of [{seen[row.edit]}](#{seen[row.edit]}).\n")
         else:

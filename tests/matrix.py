@@ -2,8 +2,8 @@
 
     python -m tests.matrix
 
-writes docs/results/equality.md (largest differences of logits, float32) and the support matrix in README.md. `pytest tests/test_matrix.py`
-checks that what stands there is not older than the code's families and methods.
+writes docs/results/equality.md (largest differences of logits, float32) and the support matrix in README.md. `pytest
+tests/test_matrix.py` checks that what stands there is not older than the code's families and methods.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def measure(family: str, name: str) -> dict[str, float | str]:
     full = logits(host, name, **one)
     with host.using(name), torch.no_grad():
         past = host.model(**{k: v[:, :5] for k, v in one.items()}, use_cache=True).past_key_values
-        last = host.model(input_ids=one["input_ids"][:, 5:], attention_mask=one["attention_mask"], past_key_values=past).logits
+        last = host.model(
+            input_ids=one["input_ids"][:, 5:], attention_mask=one["attention_mask"], past_key_values=past
+        ).logits
     found["cached"] = largest(last[:, 0], full[:, 5])
     wide = positioned(family, {k: torch.nn.functional.pad(v, (4, 0)) for k, v in one.items()})
     found["padded"] = largest(logits(host, name, **wide)[:, 4:], full)
@@ -47,6 +49,7 @@ def measure(family: str, name: str) -> dict[str, float | str]:
 
 def alone(family: str, name: str) -> dict[str, float | str]:
     """The measurements that change a host: gradients, files, merging."""
+
     def fresh():
         host = inlay.attach(base(family))
         host.add("x", small(name), at=places(name, family), seed=0)
@@ -110,8 +113,9 @@ def main() -> None:
     by_family = [["family", *COLUMNS], *([f, *worst(lambda k, f=f: k[0] == f)] for f in FAMILIES)]
     text = f"""# Equalities, measured
 
-Largest difference of logits between two ways of running the same adapter, in float32, on tiny random models (2 layers, logits up to
-about 10), over {len(cells)} pairs of family and method. `python -m tests.matrix` measures and writes this page.
+Largest difference of logits between two ways of running the same adapter, in float32, on tiny random models (2
+layers, logits up to about 10), over {len(cells)} pairs of family and method. `python -m tests.matrix` measures and
+writes this page.
 
 - *mixed batch*: the row in one batch with every other method, against the adapter alone;
 - *cached*: a token decoded on a KV cache, against the whole sequence at once;

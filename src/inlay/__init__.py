@@ -15,7 +15,7 @@ _HOME = {
 }
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # ruff: noqa: F401
     from inlay.api import attach, host_of, load, merge, merged, save
     from inlay.core.errors import InlayError
     from inlay.methods import METHODS, method

@@ -114,7 +114,7 @@ def test_unknown_methods_settings_and_versions_are_errors(tmp_path):
         ({"settings": record["settings"] | {"colour": "red"}}, r"no settings \['colour'\]"),
         ({"version": 9}, "update it"),
         ({"format": "other"}, "is of format 'other'"),
-        ({"tensors": record["tensors"] | {"file": "../elsewhere.safetensors"}}, "not in its folder"),
+        ({"tensors": record["tensors"] | {"file": "../elsewhere.safetensors"}}, "not beside it"),
     ):
         edit_json(tmp_path, **{**record, **change})
         unchanged_after(host, tmp_path, message)
@@ -123,7 +123,9 @@ def test_unknown_methods_settings_and_versions_are_errors(tmp_path):
 
 def test_an_adapter_of_another_base_is_an_error(tmp_path):
     inlay.save(wearing(), "x", tmp_path)
-    unchanged_after(inlay.attach(base("mistral")), tmp_path, "another base.*model_type is 'mistral' here and 'llama' there")
+    unchanged_after(
+        inlay.attach(base("mistral")), tmp_path, "another base.*model_type is 'mistral' here and 'llama' there"
+    )
     other = inlay.attach(base("llama", seed=7))
     unchanged_after(other, tmp_path, "the weights at 'embed' differ.*allow_other_base")
     inlay.load(other, tmp_path, allow_other_base=True)

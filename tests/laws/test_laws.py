@@ -27,7 +27,9 @@ def test_a_fresh_adapter_changes_nothing_and_detaching_leaves_no_trace(family):
     assert torch.equal(logits(host, None, **batch()), want)
     assert host.detach() is model
     assert torch.equal(model(**batch()).logits, want)
-    assert state.keys() == model.state_dict().keys() and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert state.keys() == model.state_dict().keys() and all(
+        torch.equal(v, state[k]) for k, v in model.state_dict().items()
+    )
     assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -55,7 +57,9 @@ def test_the_bare_row_of_a_mixed_batch_is_bit_identical(family):
     host = dressed(family)
     for name in (n for n in methods(family) if n not in VIRTUAL):
         row, alone = logits(host, name, None, name, **batch())[1], logits(host, None, **batch())[1]
-        if family in MOE:  # an expert sees the tokens of all rows at once: its matmul's shape, not its input, depends on the others
+        if (
+            family in MOE
+        ):  # an expert sees the tokens of all rows at once: its matmul's shape, not its input, depends on the others
             torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(row, alone), name

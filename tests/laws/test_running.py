@@ -25,7 +25,11 @@ def test_compiled_is_one_graph_and_a_new_plan_over_the_same_adapters_reuses_it(f
     counter = CompileCounterWithBackend("eager")
     fast = torch.compile(host.model, backend=counter, fullgraph=True)
     graphs = []
-    for plan in (("lora", "road1", "series", None), ("road1", None, "lora", "series"), ("series", "lora", None, "road1")):
+    for plan in (
+        ("lora", "road1", "series", None),
+        ("road1", None, "lora", "series"),
+        ("series", "lora", None, "road1"),
+    ):
         with torch.no_grad(), host.using(*plan):
             got = fast(**batch(4), use_cache=False).logits
         torch.testing.assert_close(got, logits(host, *plan, **batch(4)), rtol=1e-5, atol=1e-5)
@@ -86,7 +90,9 @@ def quantise(model, how: str):
         else:
             bnb = pytest.importorskip("bitsandbytes")
             if how == "bnb4":
-                new = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+                new = bnb.nn.Linear4bit(
+                    module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+                )
                 new.load_state_dict({"weight": module.weight.data})
                 new = new.to("cpu")
             else:
@@ -122,7 +128,7 @@ def test_quantised_layers_wear_every_method(how):
 
 
 def test_adapters_worn_together_are_compositions():
-    """MAM (prefix + scaled parallel bottleneck) and an ungated UniPELT (LoRA + prefix + series), beside others in one batch."""
+    """MAM (prefix, scaled parallel bottleneck) and UniPELT without gates, beside others in one batch."""
     host = dressed("llama", torch.float64)
     names = ("prefix+he-parallel", "lora+prefix+series", "prompt+prefix", "lora", None)
     inputs = batch(5, pad=2)
@@ -211,7 +217,9 @@ def test_a_gate_stands_over_any_edit_of_an_output(tmp_path):
         for key, p in host.tensors("gated").items():
             if key.endswith("gate_bias"):
                 p.data.fill_(bias)
-        torch.testing.assert_close(logits(host, "gated", **batch()), logits(host, same, **batch()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits(host, "gated", **batch()), logits(host, same, **batch()), rtol=1e-5, atol=1e-5
+        )
     inlay.save(host, "gated", tmp_path)
     again = inlay.attach(base("llama"))
     inlay.load(again, tmp_path)

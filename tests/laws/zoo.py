@@ -10,7 +10,9 @@ import transformers as hf
 import inlay
 
 COMMON = dict(vocab_size=97, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-GQA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **COMMON)
+GQA = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **COMMON
+)
 FALCON = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **COMMON)
 CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**GQA),
@@ -22,16 +24,28 @@ CONFIGS = {
     "gptj": lambda: hf.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128, **COMMON),
     "bloom": lambda: hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **COMMON),
     "gpt_neox": lambda: hf.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **COMMON
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        **COMMON,
     ),
     "opt": lambda: hf.OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=128, **COMMON,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        **COMMON,
     ),
     "gpt2": lambda: hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **COMMON),
     "falcon": lambda: hf.FalconConfig(num_kv_heads=2, new_decoder_architecture=True, **FALCON),
     "falcon-mq": lambda: hf.FalconConfig(multi_query=True, new_decoder_architecture=False, **FALCON),
-    "falcon-rw": lambda: hf.FalconConfig(multi_query=False, new_decoder_architecture=False, alibi=True, bias=True, **FALCON),
+    "falcon-rw": lambda: hf.FalconConfig(
+        multi_query=False, new_decoder_architecture=False, alibi=True, bias=True, **FALCON
+    ),
     "mixtral": lambda: hf.MixtralConfig(num_local_experts=4, **GQA),
     "olmoe": lambda: hf.OlmoeConfig(num_experts=4, num_experts_per_tok=2, **GQA),
     "inferred (stablelm)": lambda: hf.StableLmConfig(**GQA),
@@ -62,7 +76,7 @@ def small(name: str, **settings):
 
 
 def places(name: str, family: str) -> str:
-    """Where a method hangs in the tests: its default, moved to attention where a mixture of experts has no such linear."""
+    """Where a method hangs in the tests: its default, or attention where a mixture of experts has no such linear."""
     at = inlay.method(name).places
     if family in MOE:
         at = {"q,k,v,up,down": "q,k,v,o", "down": "o", "up,down": "q,o", "o,down": "o", "k,v,down": "k,v"}.get(at, at)

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from inlay.core.host import Host
 
 SHAPE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
 )
 SAMPLED = ("embed", "0.o", "0.down", "last.o", "last.down")
 TOLERANCE = 2.0**-7
@@ -31,7 +37,12 @@ def fingerprint(host: Host) -> dict[str, Any]:
     for key in SAMPLED:
         spot = by_key.get(key.replace("last", str(host.anatomy.layers - 1)))
         weight = getattr(host.model.get_submodule(spot.path), "weight", None) if spot else None
-        if isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta:
+        if (
+            isinstance(weight, Tensor)
+            and type(weight.data) is Tensor
+            and weight.is_floating_point()
+            and not weight.is_meta
+        ):
             flat = weight.detach().flatten()
             picks = torch.linspace(0, len(flat) - 1, 12, device=flat.device).long()
             values[key] = [float(f"{v:.6g}") for v in flat[picks].float().tolist()]

@@ -74,7 +74,11 @@ class Host:
 
     # ---- hanging adapters --------------------------------------------------------------------------------------------
     def add(
-        self, name: str, edit: Edit, at: str | Iterable[str] | None = None, seed: int | None = None,
+        self,
+        name: str,
+        edit: Edit,
+        at: str | Iterable[str] | None = None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Host:
         """Hang a fresh adapter. It is worn only once `use` names it.
@@ -89,7 +93,9 @@ class Host:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise InlayError(f"{name!r} cannot name an adapter: use letters, digits, '_' and '-'")
         if name in self.edits:
-            raise InlayError(f"this model already wears {name!r}; remove() it first, or choose another name ({sorted(self.edits)})")
+            raise InlayError(
+                f"this model already wears {name!r}; remove() it first, or choose another name ({sorted(self.edits)})"
+            )
         spots = locate(self.model, self.anatomy, edit.at if at is None else at)
         for spot, wiring in spots.values():
             if wiring and wiring not in edit.wirings:
@@ -98,7 +104,9 @@ class Host:
         if edit.everywhere:
             for role in {spot.role for spot, _ in spots.values()}:
                 if sum(spot.role == role for spot, _ in spots.values()) < self.anatomy.layers:
-                    raise InlayError(f"{edit.kind} must hang in every layer, and this placement leaves some {role!r} out")
+                    raise InlayError(
+                        f"{edit.kind} must hang in every layer, and this placement leaves some {role!r} out"
+                    )
         fresh = [k for k in spots if k not in self.sites]
         try:
             places = []
@@ -126,14 +134,19 @@ class Host:
         if not any(name in s.places for s in self.sites.values()):
             self.edits.pop(name)
             some = ", ".join(list(spots)[:4])
-            raise InlayError(f"{edit.kind} has nothing to train at {some}{' ...' if len(spots) > 4 else ''}; see its settings")
+            raise InlayError(
+                f"{edit.kind} has nothing to train at {some}{' ...' if len(spots) > 4 else ''}; see its settings"
+            )
         self._ready = None
         return self
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         # Drawn on the CPU, so that a seed means the same on every device; on meta only shapes are wanted.
         device = self.device
-        with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta" if device.type == "meta" else "cpu"):
+        with (
+            torch.random.fork_rng(devices=[], enabled=seed is not None),
+            torch.device("meta" if device.type == "meta" else "cpu"),
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
             with torch.no_grad():
@@ -143,7 +156,9 @@ class Host:
         def settle(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None)
 
-        return {k: settle(v) for k, v in common.items()}, {p: {k: settle(v) for k, v in w.items()} for p, w in made.items()}
+        return {k: settle(v) for k, v in common.items()}, {
+            p: {k: settle(v) for k, v in w.items()} for p, w in made.items()
+        }
 
     def _empty(self, key: str) -> None:
         site = self.sites.pop(key)
@@ -181,7 +196,8 @@ class Host:
         """Choose what each row wears from now on.
 
         `use("math")` for every row, `use("math", None, "chat")` one per row (None: the bare model),
-        `use("prefix+lora")` or `use(("prefix", "lora"))` several on one row, applied in the order in which they were hung.
+        `use("prefix+lora")` or `use(("prefix", "lora"))` several on one row, applied in the order in which they were
+        hung.
 
         Args:
             side: further inputs per row (B, ...), for methods that read them.
@@ -212,7 +228,12 @@ class Host:
         """An adapter's tensors, `3.q/A` for place 3.q and `shared/...` for what its places share."""
         self._known(name)
         shared = self.common[name].tensors() if name in self.common else {}
-        own = {f"{key}/{k}": v for key, s in self.sites.items() if name in s.places for k, v in s.wear[name].tensors().items()}  # type: ignore
+        own = {
+            f"{key}/{k}": v
+            for key, s in self.sites.items()
+            if name in s.places
+            for k, v in s.wear[name].tensors().items()
+        }  # type: ignore
         return {f"shared/{k}": v for k, v in shared.items()} | own
 
     def by_place(self, name: str) -> dict[str, Weights]:
@@ -231,12 +252,15 @@ class Host:
 
     @torch.no_grad()
     def fill(self, name: str, values: Mapping[str, Tensor]) -> Host:
-        """Set an adapter's tensors; anything missing, left over or of another shape is an error and nothing is changed."""
+        """Set an adapter's tensors; what is missing, left over or of another shape is an error, and nothing is changed."""
         mine = self.tensors(name)
-        problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [f"unexpected {k}" for k in values.keys() - mine.keys()]
+        problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [
+            f"unexpected {k}" for k in values.keys() - mine.keys()
+        ]
         problems += [
             f"{k} is {tuple(values[k].shape)}, wanted {tuple(mine[k].shape)}"
-            for k in mine.keys() & values.keys() if values[k].shape != mine[k].shape
+            for k in mine.keys() & values.keys()
+            if values[k].shape != mine[k].shape
         ]
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -1,8 +1,8 @@
 """From activations to weights: an edited layer is fed the identity, and the weight it amounts to is read off.
 
-Whether an edit is linear is measured, not declared. What is not, or has no weight to live in, is refused with the reason.
-Everything is computed in float32 from the frozen weight and rounded once to the base's type, so that each merged weight is within half a
-unit in the last place of the exact one.
+Whether an edit is linear is measured, not declared. What is not, or has no weight to live in, is refused with the
+reason. Everything is computed in float32 from the frozen weight and rounded once to the base's type, so that each
+merged weight is within half a unit in the last place of the exact one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Merged:
     modules: list[str]
     """Paths of the changed layers."""
     rounding: float
-    """Largest difference between a merged weight before and after rounding to the base's type, relative to the largest weight."""
+    """Largest rounding of a merged weight to the base's type, relative to the largest weight."""
     deviation: float
     """Largest difference of logits between the adapter and the merged model, measured on random ids."""
     logits: float
@@ -38,7 +38,7 @@ class Merged:
     _kept: dict[nn.Parameter, Tensor] = field(default_factory=dict, repr=False)
 
     def undo(self) -> None:
-        """Put the base's own weights back, from the copies kept (not by subtraction). A head that was untied stays so."""
+        """Put the base's own weights back, from kept copies, not by subtraction. A head once untied stays so."""
         for p, old in self._kept.items():
             p.data.copy_(old)
 
@@ -49,7 +49,9 @@ def merged(host: Host, name: str) -> dict[str, Tensor]:
     host._known(name)
     edit = host.edits[name]
     if edit.room:
-        raise InlayError(f"{name!r} ({edit.kind}) adds virtual tokens: there is no weight to merge it into; keep it as an adapter")
+        raise InlayError(
+            f"{name!r} ({edit.kind}) adds virtual tokens: there is no weight to merge it into; keep it as an adapter"
+        )
     layers: dict[str, list[Site]] = {}
     for site in host.sites.values():
         if name in site.places:
@@ -73,7 +75,9 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     for key in new:
         p = parameters.get(key)
         if p is None or not p.is_floating_point() or type(p.data) is not Tensor:
-            raise InlayError(f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives the float weights)")
+            raise InlayError(
+                f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives float weights)"
+            )
     vocabulary = host.model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(host.device)
     with host.using(name):
@@ -134,7 +138,9 @@ def _through(host: Host, name: str, sites: list[Site], f: Callable[[Tensor], Ten
 def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
     layer = sites[0].layer
     if not hasattr(layer, "in_features") and not hasattr(layer, "nf"):
-        raise InlayError(f"{name!r} hangs around {path!r}, which is no single weight; it cannot be merged, only kept as an adapter")
+        raise InlayError(
+            f"{name!r} hangs around {path!r}, which is no single weight; it cannot be merged, only kept as an adapter"
+        )
     W, b, transposed = frozen(host, layer)
     edited = _through(host, name, sites, lambda x: linear(x, W, b))
     d_in = W.shape[1]
@@ -142,7 +148,9 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
     y = edited(torch.stack([torch.zeros_like(u), u, v, 3 * u - 2 * v])[None])[0]
     bias, fu, fv, fw = y[0], *(y[1:] - y[0])
     if not torch.allclose(3 * fu - 2 * fv, fw, rtol=1e-3, atol=1e-4 * float(fw.abs().max())):
-        raise InlayError(f"{name!r} ({host.edits[name].kind}) is not linear at {path!r}: it cannot be merged, only kept as an adapter")
+        raise InlayError(
+            f"{name!r} ({host.edits[name].kind}) is not linear at {path!r}: it cannot be merged; keep it as an adapter"
+        )
     if b is None and float(bias.abs().max()) > 0:
         raise InlayError(f"{name!r} adds a bias at {path!r}, where the base has none to hold it; keep it as an adapter")
     wide = edited(torch.eye(d_in, device=W.device)[None])[0] - bias
@@ -150,7 +158,7 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
 
 
 def frozen(host: Host, layer: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
-    """(W (D_out, D_in), bias, whether the layer stores W transposed), in float32; a quantised layer is asked, not read."""
+    """(W (D_out, D_in), bias, whether W is stored transposed), in float32; a quantised layer is asked, not read."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     transposed = hasattr(layer, "nf")
     b = bias.detach().float() if isinstance(bias, Tensor) else None
@@ -175,7 +183,7 @@ def _table(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Ten
 
 
 def _norm(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
-    """A norm says g * n(x) + b; x = (1, -1, 1, -1, ...) is its own normalisation, which shows g as the layer applies it."""
+    """A norm says g * n(x) + b; x = (1, -1, 1, -1, ...) is its own normalisation and shows g as it is applied."""
     layer = sites[0].layer
     if set(dict(layer.named_parameters(recurse=False))) - {"weight", "bias"}:
         raise InlayError(f"{path!r} is a norm of a kind that cannot be merged into")

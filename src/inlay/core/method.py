@@ -27,7 +27,9 @@ class Method:
         known = [f.name for f in dataclasses.fields(self.edit)]
         for name in settings:
             if name not in known:
-                raise InlayError(f"method {self.name!r} has no setting {name!r}; its settings are: {', '.join(known) or 'none'}")
+                raise InlayError(
+                    f"method {self.name!r} has no setting {name!r}; its settings are: {', '.join(known) or 'none'}"
+                )
         return self.edit(**{**self.settings, **settings})
 
     @property

@@ -4,7 +4,8 @@ The language, used by the API, the command line and recipes alike, is a comma-se
 
     target[:wiring][@layers]
 
-- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where a decoder fuses them),
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where a decoder fuses
+  them),
   `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
@@ -152,7 +153,9 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
             hits = [known_paths.get(p) or _unnamed(p) for p in modules if p and fnmatch.fnmatchcase(p, target.name)]
         if not hits:
             raise unknown(
-                f"role or module pattern in {anatomy.family}", target.name, anatomy.roles,
+                f"role or module pattern in {anatomy.family}",
+                target.name,
+                anatomy.roles,
                 "A pattern must match a whole module path, e.g. '*.q_proj'.",
             )
         if target.layers:

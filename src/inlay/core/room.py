@@ -46,7 +46,11 @@ def plan_room(rows: Sequence[Worn], edits: Mapping[str, Edit], device: torch.dev
         for n in (n for n in edits if n in names):
             if n in offset:
                 offset[n][row] = len(columns)
-            columns += [0] * edits[n].room if edits[n].room_positions == "zero" else range(len(columns), len(columns) + edits[n].room)
+            columns += (
+                [0] * edits[n].room
+                if edits[n].room_positions == "zero"
+                else range(len(columns), len(columns) + edits[n].room)
+            )
         need.append(len(columns))
         positions.append(columns)
     wide = max(need, default=0)
@@ -58,16 +62,6 @@ def plan_room(rows: Sequence[Worn], edits: Mapping[str, Edit], device: torch.dev
         {n: torch.tensor(v, device=device) for n, v in offset.items()},
         torch.tensor([c + [0] * (wide - len(c)) for c in positions], device=device, dtype=torch.long),
     )
-
-
-def first_columns(mask: Tensor | Mapping | None, batch: int, device: torch.device) -> Tensor:
-    """First column each row attends to (B,), from whichever mask the model was handed: 2-D, 4-D, or one per layer kind."""
-    mask = next(iter(mask.values())) if isinstance(mask, Mapping) else mask
-    if mask is None:
-        return torch.zeros(batch, dtype=torch.long, device=device)
-    if mask.dim() == 4:  # (B, 1, query, key): True or 0.0 = attend
-        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-    return mask.to(torch.int8).argmax(-1)
 
 
 def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) -> tuple[dict, Tensor]:
@@ -86,7 +80,9 @@ def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) ->
     if mask is None:
         mask = ids.new_ones((batch, tokens + (seen - room.wide if seen else 0)), dtype=torch.long)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise InlayError("virtual tokens need a 2-D attention mask; static caches hand the model a 4-D one: use a dynamic cache")
+        raise InlayError(
+            "virtual tokens need a 2-D attention mask; static caches hand the model a 4-D one: use a dynamic cache"
+        )
     first_B = mask.to(torch.int8).argmax(-1) + room.wide - room.need_B
     wide_mask = pad(mask, (room.wide, 0))
     column = torch.arange(wide_mask.shape[1], device=mask.device)

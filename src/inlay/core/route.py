@@ -3,7 +3,8 @@
 `gather` takes each adapter's rows out, edits them and puts them back: least work, the default.
 `select` lets every adapter see every row and keeps its own: more work, but shapes never depend on the plan and each row
 is the same to the last bit as alone in a batch of that shape.
-`stack` maps one edit over the rows of all adapters with equal settings (`torch.vmap`): one kernel however many adapters.
+`stack` maps one edit over the rows of all adapters with equal settings (`torch.vmap`): one kernel however many
+adapters.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def read_plan(plan: Sequence[object], known: Mapping[str, Edit]) -> tuple[Worn, 
 def spread(plan: tuple[Worn, ...], batch: int) -> tuple[Worn, ...]:
     """The plan for a batch of this many rows: one entry serves all, and beam search repeats each row."""
     if batch % len(plan):
-        raise InlayError(f"the plan names {len(plan)} rows but the batch has {batch}; name one adapter per row, or one for all")
+        raise InlayError(
+            f"the plan names {len(plan)} rows but the batch has {batch}; name one adapter per row, or one for all"
+        )
     return tuple(names for names in plan for _ in range(batch // len(plan)))
 
 
@@ -88,7 +91,11 @@ def apply(strategy: str, phase: str, jobs: list[Job], now: Route, x: Tensor, y: 
             shapes = tuple((k, v.shape) for k, v in job[2].items())
             groups.setdefault((job[1], job[3].place.wiring, shapes), []).append(job)
         for group in groups.values():
-            out = _stacked(phase, group, now, x, y, out) if len(group) > 1 else _each(phase, group, now, x, y, out, "gather")
+            out = (
+                _stacked(phase, group, now, x, y, out)
+                if len(group) > 1
+                else _each(phase, group, now, x, y, out, "gather")
+            )
         return out
     return _each(phase, jobs, now, x, y, out, strategy)
 

@@ -53,8 +53,13 @@ class Site(nn.Module):
         self._given: Tensor | None = None
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
-            self.frozen, d_in, spot.part.width(d_out) if spot.part else d_out, spot.role, spot.key,
-            has_bias=getattr(layer, "bias", None) is not None, tied=host.tied and spot.role in ("embed", "head"),
+            self.frozen,
+            d_in,
+            spot.part.width(d_out) if spot.part else d_out,
+            spot.role,
+            spot.key,
+            has_bias=getattr(layer, "bias", None) is not None,
+            tied=host.tied and spot.role in ("embed", "head"),
         )
         self._hooks = [
             layer.register_forward_pre_hook(self._pre, with_kwargs=True),
@@ -114,7 +119,9 @@ class Site(nn.Module):
         by_rows = any(host.now.rows[n] is not None or host.edits[n].positional for n in names)
         x_, out_ = (self._rows(t) if by_rows else t for t in (x, out))
         x_ = x_.to(dtype) if x_.is_floating_point() else x_
-        new = route.apply(host.strategy, ("before", "after")[phase], jobs, host.now, x_, None if y is None else out_.to(dtype))
+        new = route.apply(
+            host.strategy, ("before", "after")[phase], jobs, host.now, x_, None if y is None else out_.to(dtype)
+        )
         return new.reshape(out.shape).to(out.dtype)
 
     def _rows(self, t: Tensor) -> Tensor:

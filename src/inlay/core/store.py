@@ -3,8 +3,8 @@
     adapter.json                    method, settings, places, base and its fingerprint, versions, digests
     adapter-<hash>.safetensors      the tensors, `3.q/A` for place 3.q; the JSON names the file
 
-Replacing the JSON is the one moment at which a save takes effect: a kill or a full disk at any time leaves the old adapter or
-the new one, never half.
+Replacing the JSON is the one moment at which a save takes effect: a kill or a full disk at any time leaves the old
+adapter or the new one, never half.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
     kind = edits[about["method"]]
     strange = set(about["settings"]) - {f.name for f in fields(kind)}
     if strange:
-        raise InlayError(f"method {kind.kind!r} has no settings {sorted(strange)}; a newer Inlay may have written this file")
+        raise InlayError(
+            f"method {kind.kind!r} has no settings {sorted(strange)}; a newer Inlay may have written this file"
+        )
 
     def value(v: Any) -> Any:
         return rebuild(v, edits) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
@@ -52,7 +54,9 @@ def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
     return kind(**{k: value(v) for k, v in about["settings"].items()})
 
 
-def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None, versions: Mapping | None = None) -> Path:
+def save(
+    host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None, versions: Mapping | None = None
+) -> Path:
     """Write an adapter; an adapter already in the folder is replaced, and stays whole if anything fails.
 
     Args:
@@ -69,10 +73,19 @@ def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | N
     replace_file(file, lambda partial: save_file(tensors, partial))
     places = [f"{key}:{s.places[name].wiring}".rstrip(":") for key, s in host.sites.items() if name in s.places]
     record = {
-        "format": FORMAT, "version": VERSION, "name": name, **describe(host.edits[name]), "places": places,
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        **describe(host.edits[name]),
+        "places": places,
         "tensors": {"file": file.name, "sha256": sha256(file), "parameters": host.count(name)},
-        "base": {"name": getattr(host.model.config, "_name_or_path", "") or None, "family": host.anatomy.family, **fingerprint(host)},
-        "about": dict(about or {}), "versions": {"torch": torch.__version__, **(versions or {})},
+        "base": {
+            "name": getattr(host.model.config, "_name_or_path", "") or None,
+            "family": host.anatomy.family,
+            **fingerprint(host),
+        },
+        "about": dict(about or {}),
+        "versions": {"torch": torch.__version__, **(versions or {})},
     }
     record["digest"] = _digest(record)
     text = json.dumps(record, indent=1) + "\n"
@@ -92,13 +105,17 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     folder = Path(folder)
     file = folder / "adapter.json"
     if not file.is_file():
-        raise InlayError(f"{folder} holds no adapter.json; an Inlay adapter is a folder with adapter.json and a .safetensors file")
+        raise InlayError(
+            f"{folder} holds no adapter.json; an Inlay adapter is a folder with adapter.json and a .safetensors file"
+        )
     try:
         record = json.loads(file.read_text())
         if record["format"] != FORMAT:
             raise InlayError(f"{file} is of format {record['format']!r}, not {FORMAT!r}")
         if record["version"] > VERSION:
-            raise InlayError(f"{file} is of format version {record['version']}; this Inlay reads up to {VERSION}: update it")
+            raise InlayError(
+                f"{file} is of format version {record['version']}; this Inlay reads up to {VERSION}: update it"
+            )
         if record["digest"] != _digest(record):
             raise InlayError(f"{file} is damaged or was edited: its digest does not match. Restore it from a copy")
         path = folder / record["tensors"]["file"]
@@ -106,7 +123,9 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
         raise InlayError(f"{file} is damaged: {e!r}. Restore it from a copy") from e
     if path.parent != folder or not path.is_file():
-        raise InlayError(f"{file} names the tensors {record['tensors']['file']!r}, which are not in its folder; restore them from a copy")
+        raise InlayError(
+            f"{file} names the tensors {record['tensors']['file']!r}, which are not beside it; restore them from a copy"
+        )
     if sha256(path) != expected:
         raise InlayError(f"{path} is damaged: its SHA-256 is not the one in adapter.json. Restore it from a copy")
     try:
@@ -116,7 +135,11 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def load(
-    host: Host, folder: str | Path, edits: Mapping[str, type[Edit]], name: str | None = None, allow_other_base: bool = False
+    host: Host,
+    folder: str | Path,
+    edits: Mapping[str, type[Edit]],
+    name: str | None = None,
+    allow_other_base: bool = False,
 ) -> str:
     """Hang a saved adapter on a host and return its name. On any error the model is left unchanged.
 

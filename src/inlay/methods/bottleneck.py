@@ -18,7 +18,12 @@ from inlay.methods.lora import kaiming
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "sigmoid", "identity"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
 }
 
 
@@ -29,9 +34,10 @@ class Bottleneck(Edit):
     wiring     edit                     source
     output     y' = y + f(y)            Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247
     input      y' = W (x + f(x)) + b    LLM-Adapters, Hu et al. 2023, arXiv:2304.01933 (its code, before gate and up)
-    parallel   y' = y + f(x)            He et al. 2022, arXiv:2110.04366, eq. 8; LLM-Adapters, per linear
+    parallel   y' = y + f(x)            He et al. 2022, arXiv:2110.04366; LLM-Adapters, per linear
 
-    U starts at zero. `start="normal"` is LLM-Adapters' published start, D and U from N(0, 0.02^2): it is not the identity.
+    U starts at zero. `start="normal"` is LLM-Adapters' published start, D and U from N(0, 0.02^2): it is not the
+    identity.
     """
 
     kind = "bottleneck"
@@ -100,7 +106,7 @@ class Bottleneck(Edit):
 class Compacter(Bottleneck):
     """A bottleneck whose matrices are sums of Kronecker products, D = sum_i A_i (x) (s_i t_i^T).
 
-    Karimi Mahabadi et al. 2021, arXiv:2106.04647, eqs. 5-7: the n matrices A_i (n, n) are shared by all places (one set for D,
+    Karimi Mahabadi et al. 2021, arXiv:2106.04647: the n matrices A_i (n, n) are shared by all places (one set for D,
     one for U), s_i (width / n, 1) and t_i (1, size / n) belong to the place. t of U starts at zero.
     """
 
@@ -124,8 +130,10 @@ class Compacter(Bottleneck):
             raise InlayError(f"Compacter's n = {self.n} does not divide {bad[0]} at {place.key!r}")
         n, m = self.n, self.size // self.n
         w = {
-            "D_s": torch.randn(n, d_in // n, 1) * (n / d_in) ** 0.5, "D_t": torch.randn(n, 1, m),
-            "U_s": torch.randn(n, m, 1) * m**-0.5, "U_t": torch.zeros(n, 1, d_out // n),
+            "D_s": torch.randn(n, d_in // n, 1) * (n / d_in) ** 0.5,
+            "D_t": torch.randn(n, 1, m),
+            "U_s": torch.randn(n, m, 1) * m**-0.5,
+            "U_t": torch.zeros(n, 1, d_out // n),
         }
         if self.bias:
             w |= {"c": torch.zeros(self.size), "e": torch.zeros(d_out)}
@@ -146,18 +154,33 @@ class Compacter(Bottleneck):
 
 METHODS = (
     Method("series", Bottleneck, "LLM-Adapters' series adapter: after the MLP's last linear, size 256"),
-    Method("parallel", Bottleneck, "LLM-Adapters' parallel adapter: beside single linears", {"wiring": "parallel"}, "up,down"),
     Method(
-        "houlsby", Bottleneck, "bottlenecks after attention and after the MLP",
-        {"size": 64, "activation": "gelu", "bias": True, "wiring": "output"}, "o,down",
+        "parallel",
+        Bottleneck,
+        "LLM-Adapters' parallel adapter: beside single linears",
+        {"wiring": "parallel"},
+        "up,down",
     ),
     Method(
-        "pfeiffer", Bottleneck, "one bottleneck a block, after the MLP",
-        {"size": 48, "activation": "relu", "bias": True, "wiring": "output"}, "down",
+        "houlsby",
+        Bottleneck,
+        "bottlenecks after attention and after the MLP",
+        {"size": 64, "activation": "gelu", "bias": True, "wiring": "output"},
+        "o,down",
     ),
     Method(
-        "he-parallel", Bottleneck, "one scaled bottleneck parallel to the whole MLP",
-        {"size": 512, "activation": "relu", "bias": True, "scale": 4.0, "wiring": "parallel"}, "mlp",
+        "pfeiffer",
+        Bottleneck,
+        "one bottleneck a block, after the MLP",
+        {"size": 48, "activation": "relu", "bias": True, "wiring": "output"},
+        "down",
+    ),
+    Method(
+        "he-parallel",
+        Bottleneck,
+        "one scaled bottleneck parallel to the whole MLP",
+        {"size": 512, "activation": "relu", "bias": True, "scale": 4.0, "wiring": "parallel"},
+        "mlp",
     ),
     Method("compacter", Compacter, "bottlenecks from shared Kronecker factors"),
 )

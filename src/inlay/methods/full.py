@@ -18,9 +18,10 @@ from inlay.core.place import Place
 class Full(Edit):
     """y + Delta x + delta: every weight and bias moves freely, as an offset from the frozen one.
 
-    The gradient of an offset is the gradient of the weight, so with an optimizer without weight decay this is full fine-tuning
-    of the linears and embeddings; a norm's gain g is trained as g (1 + gain). One matrix serves a tied embedding and head.
-    Tables of learned positions (GPT-2, OPT) and 3-D expert tensors stay frozen: they are not called as layers.
+    The gradient of an offset is the gradient of the weight, so with an optimizer without weight decay this is full
+    fine-tuning of the linears and embeddings; a norm's gain g is trained as g (1 + gain). One matrix serves a tied
+    embedding and head. Tables of learned positions (GPT-2, OPT) and 3-D expert tensors stay frozen: they are not
+    called as layers.
     """
 
     kind = "full"
@@ -54,8 +55,8 @@ class Full(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Edit):
-    """y + delta: only biases move.  Ben Zaken et al. 2022, arXiv:2106.10199. A decoder without biases has nothing to train
-    unless `new`."""
+    """y + delta: only biases move.  Ben Zaken et al. 2022, arXiv:2106.10199. A decoder without biases has nothing to
+    train unless `new`."""
 
     kind = "bitfit"
     at = "linear,norm"

@@ -18,9 +18,10 @@ from inlay.methods.lora import LoRA
 class Gated(Edit):
     """y + g(x) (edit(x, y) - y),  g(x) = sigmoid(v x + c), one number a token, from the layer's input.
 
-    Mao et al. 2022 (UniPELT), arXiv:2110.07577, sec. 3.2, over any edit of a layer's output. v and c start at zero, so that g starts at 1/2.
-    UniPELT itself is gated LoRA, a gated bottleneck and a prefix worn together: `use("prefix+gated-lora+gated-series")`; the paper
-    gates its prefix too, by the mean over tokens, which an edit of single columns cannot see.
+    Mao et al. 2022 (UniPELT), arXiv:2110.07577, sec. 3.2, over any edit of a layer's output. v and c start at zero,
+    so that g starts at 1/2. UniPELT itself is gated LoRA, a gated bottleneck and a prefix worn together:
+    `use("prefix+gated-lora+gated-series")`; the paper gates its prefix too, by the mean over tokens, which an edit of
+    single columns cannot see.
     """
 
     kind = "gated"
@@ -46,7 +47,11 @@ class Gated(Edit):
     def weights(self, place: Place) -> dict[str, Tensor]:
         if place.role == "embed":
             raise InlayError("a gate reads a layer's input features; leave the embedding out")
-        return {**self.edit.weights(self._inner(place)), "gate": torch.zeros(1, place.d_in), "gate_bias": torch.zeros(1)}
+        return {
+            **self.edit.weights(self._inner(place)),
+            "gate": torch.zeros(1, place.d_in),
+            "gate_bias": torch.zeros(1),
+        }
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         g = torch.sigmoid(x @ w["gate"].T + w["gate_bias"])

@@ -25,7 +25,7 @@ def linears_only(method: str, place: Place) -> None:
 class LoHa(Edit):
     """y + alpha/r ((a1 b1) * (a2 b2)) x, a Hadamard product of two low-rank matrices; its rank can reach r^2.
 
-    Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098, eq. 4. a (D_out, r), b (r, D_in), b2 starts at zero. Multiplied as a
+    Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098. a (D_out, r), b (r, D_in), b2 starts at zero. Multiplied as a
     rank-r^2 product where that is cheaper than forming the matrix.
     """
 
@@ -39,8 +39,10 @@ class LoHa(Edit):
         linears_only("LoHa", place)
         r = self.rank
         return {
-            "a1": kaiming(place.d_out, r), "b1": kaiming(r, place.d_in),
-            "a2": kaiming(place.d_out, r), "b2": torch.zeros(r, place.d_in),
+            "a1": kaiming(place.d_out, r),
+            "b1": kaiming(r, place.d_in),
+            "a2": kaiming(place.d_out, r),
+            "b2": torch.zeros(r, place.d_in),
         }
 
     def factors(self, w: Weights) -> tuple[Tensor, Tensor]:
@@ -74,10 +76,9 @@ def split(n: int, factor: int = -1) -> tuple[int, int]:
 class LoKr(Edit):
     """y + s (w1 (x) w2) x, a Kronecker product that is never formed.
 
-    LoKr: Yeh et al. 2024 (LyCORIS), arXiv:2309.14859; w1 (o1, i1), w2 (o2, i2) with D_out = o1 o2, D_in = i1 i2; w2 (and w1 with
-    `decompose_both`) is itself of rank r where r < max(o2, i2) / 2; s = alpha / r.
-    KronA: Edalati et al. 2022, arXiv:2212.10650, eq. 4: both factors whole (`whole`), s = 1 for alpha = rank.
-    The second factor starts at zero.
+    LoKr: Yeh et al. 2024 (LyCORIS), arXiv:2309.14859; w1 (o1, i1), w2 (o2, i2) with D_out = o1 o2, D_in = i1 i2; w2
+    (and w1 with `decompose_both`) is itself of rank r where r < max(o2, i2) / 2; s = alpha / r. KronA: Edalati et al.
+    2022, arXiv:2212.10650: both factors whole (`whole`), s = 1 for alpha = rank. The second factor starts at zero.
     """
 
     kind = "lokr"

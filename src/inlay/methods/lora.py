@@ -30,9 +30,10 @@ def down(x: Tensor, A: Tensor) -> Tensor:
 class LoRA(Edit):
     """y + s B A x,  A (rank, D_in), B (D_out, rank).
 
-    s = alpha / rank (Hu et al. 2021, arXiv:2106.09685, eq. 3), or alpha / sqrt(rank) if `rank_stabilised` (Kalajdzievski
-    2023, arXiv:2312.03732). B starts at zero. Under `init="pissa"` (Meng et al. 2024, arXiv:2404.02948) A and B start at the top
-    `rank` singular triplets of the frozen weight, y + s (B A - B0 A0) x: the base keeps its weight, the residual is implied.
+    s = alpha / rank (Hu et al. 2021, arXiv:2106.09685, eq. 3), or alpha / sqrt(rank) if `rank_stabilised`
+    (Kalajdzievski 2023, arXiv:2312.03732). B starts at zero. Under `init="pissa"` (Meng et al. 2024,
+    arXiv:2404.02948) A and B start at the top `rank` singular triplets of the frozen weight, y + s (B A - B0 A0) x:
+    the base keeps its weight, the residual is implied.
     """
 
     kind = "lora"
@@ -93,9 +94,9 @@ def frozen_weight(place: Place) -> Tensor:
 class DoRA(LoRA):
     """m (W + s B A) x / |W + s B A|, norms over each output row.  Liu et al. 2024, arXiv:2402.09353, eq. 5.
 
-    Written as y + (m/n - 1)(y - b) + (m/n) s B A x with n = |W + s B A|, so that a fresh adapter changes nothing. The weight is never
-    read: n^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B, B A A^T> and W A^T = f(A) - b, so any frozen layer serves. As in
-    sec. 4.3 of the paper, n is a constant in the backward pass.
+    Written as y + (m/n - 1)(y - b) + (m/n) s B A x with n = |W + s B A|, so that a fresh adapter changes nothing. The
+    weight is never read: n^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B, B A A^T> and W A^T = f(A) - b, so any frozen layer
+    serves. As in sec. 4.3 of the paper, n is a constant in the backward pass.
     """
 
     kind = "dora"
@@ -123,11 +124,12 @@ class DoRA(LoRA):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Edit):
-    """y + s P diag(E) Q x, ranks given to the places that need them.  Zhang et al. 2023, arXiv:2303.10512, eq. 3.
+    """y + s P diag(E) Q x, ranks given to the places that need them.  Zhang et al. 2023, arXiv:2303.10512, sec. 3.
 
     Q (rank, D_in), E (rank,), P (D_out, rank); E starts at zero. A triplet's importance is the smoothed sensitivity
-    |w g| of its parts (eqs. 8-12); every `interval` steps between `warmup` and the last `final` share of training the least important
-    values of E over all places are set to zero, on the paper's cubic schedule from `rank` to `target` per place on average.
+    |w g| of its parts; every `interval` steps between `warmup` and the last `final` share of training the least
+    important values of E over all places are set to zero, on the paper's cubic schedule from `rank` to `target` per
+    place on average.
     """
 
     kind = "adalora"
@@ -150,11 +152,12 @@ class AdaLoRA(Edit):
     beta2: float = 0.85
     """Smoothing of its uncertainty."""
     orthogonality: float = 0.5
-    """Weight of |P^T P - I|^2 + |Q Q^T - I|^2 in the loss (eq. 4)."""
+    """Weight of |P^T P - I|^2 + |Q Q^T - I|^2 in the loss."""
 
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {
-            "Q": 0.02 * torch.randn(self.rank, place.d_in), "E": torch.zeros(self.rank),
+            "Q": 0.02 * torch.randn(self.rank, place.d_in),
+            "E": torch.zeros(self.rank),
             "P": 0.02 * torch.randn(place.d_out, self.rank),
         }
 

@@ -16,11 +16,13 @@ from inlay.core.place import Place
 
 @dataclass(frozen=True, kw_only=True)
 class RoAd(Edit):
-    """R y with R block-diagonal, one 2 x 2 block a pair of outputs (bias included).  Liao & Monz 2024, arXiv:2409.00119, eq. 2.
+    """R y with R block-diagonal, one 2 x 2 block a pair of outputs (bias included).  Liao & Monz 2024,
+    arXiv:2409.00119.
 
-    A block is [[a11 cos t11, -a12 sin t12], [a21 sin t21, a22 cos t22]], computed as R1 * y + R2 * y^ with y^ = (-y2, y1, -y4, y3, ...).
-    Variant 1 ties a and t within a block (D_out numbers a place), 2 within a row (2 D_out), 4 not at all (4 D_out).
-    Starts at a = 1, t = 0. There, variant 4's angles t11 and t22 receive no gradient and never move (d cos t = 0 at t = 0).
+    A block is [[a11 cos t11, -a12 sin t12], [a21 sin t21, a22 cos t22]], computed as R1 * y + R2 * y^ with y^ = (-y2,
+    y1, -y4, y3, ...). Variant 1 ties a and t within a block (D_out numbers a place), 2 within a row (2 D_out), 4 not
+    at all (4 D_out). Starts at a = 1, t = 0. There, variant 4's angles t11 and t22 receive no gradient and never move
+    (d cos t = 0 at t = 0).
     """
 
     kind = "road"

@@ -14,7 +14,8 @@ from inlay.core.place import Place
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Edit):
-    """l * y at keys and values, W (l * x) + b before the MLP's last linear.  Liu et al. 2022, arXiv:2205.05638, sec. 3.3.
+    """l * y at keys and values, W (l * x) + b before the MLP's last linear.  Liu et al. 2022, arXiv:2205.05638, sec.
+    3.3.
 
     l starts at one; it has D_out entries where wired `output`, D_in where wired `input`.
     """

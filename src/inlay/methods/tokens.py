@@ -51,15 +51,17 @@ class Tokens(Edit):
 
 def _embedding_only(place: Place) -> None:
     if place.role != "embed":
-        raise InlayError(f"this method's tokens enter at the embedding, not at {place.key!r}; use at='embed' or method 'prefix'")
+        raise InlayError(
+            f"this method's tokens enter at the embedding, not at {place.key!r}; use at='embed' or method 'prefix'"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Tokens):
-    """[p_1 .. p_n; E(x)] at the embedding.  Lester et al. 2021, arXiv:2104.08691, sec. 2.
+    """[p_1 .. p_n; E(x)] at the embedding.  Lester et al. 2021, arXiv:2104.08691.
 
-    Starts at the embeddings of random words of the vocabulary (the paper's better start), at N(0, 0.02^2), or at given ids,
-    repeated or cut to fit: `Prompt.reading("Solve the problem:", tokenizer)`.
+    Starts at the embeddings of random words of the vocabulary (the paper's better start), at N(0, 0.02^2), or at
+    given ids, repeated or cut to fit: `Prompt.reading("Solve the problem:", tokenizer)`.
     """
 
     kind = "prompt"
@@ -94,9 +96,10 @@ class Prompt(Tokens):
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(Tokens):
-    """[g(e_1) .. g(e_n); E(x)], the table written by a small encoder g.  Liu et al. 2021, arXiv:2103.10385, sec. 3.2.
+    """[g(e_1) .. g(e_n); E(x)], the table written by a small encoder g.  Liu et al. 2021, arXiv:2103.10385.
 
-    `mlp`: D -> hidden -> hidden -> D with ReLU between; `lstm`: a 2-layer bidirectional LSTM, then 2 hidden -> 2 hidden -> D.
+    `mlp`: D -> hidden -> hidden -> D with ReLU between; `lstm`: a 2-layer bidirectional LSTM, then 2 hidden -> 2
+    hidden -> D.
     """
 
     kind = "ptuning"
@@ -140,10 +143,10 @@ class PTuning(Tokens):
 class Prefix(Tokens):
     """Attn(x W_q, [P_K; x W_k], [P_V; x W_v]) in every block: the table stands at k and v.
 
-    Li & Liang 2021, arXiv:2101.00190, eq. 5, without an encoder in the form of P-tuning v2 (Liu et al. 2022, arXiv:2110.07602); with
-    `reparameterise` the tables are W2 tanh(W1 E + b1) + b2, E and W1 shared by all places. Reserved keys keep position 0, where
-    rotary embeddings turn nothing. What the other layers write into the reserved columns is never read, so a prefix must hang in
-    every block.
+    Li & Liang 2021, arXiv:2101.00190, without an encoder in the form of P-tuning v2 (Liu et al. 2022,
+    arXiv:2110.07602); with `reparameterise` the tables are W2 tanh(W1 E + b1) + b2, E and W1 shared by all places.
+    Reserved keys keep position 0, where rotary embeddings turn nothing. What the other layers write into the reserved
+    columns is never read, so a prefix must hang in every block.
     """
 
     kind = "prefix"
@@ -164,7 +167,11 @@ class Prefix(Tokens):
         if not self.reparameterise:
             return {}
         d = places[0].d_in
-        return {"E": self.std * torch.randn(self.tokens, d), "W1": kaiming(self.hidden, d), "b1": torch.zeros(self.hidden)}
+        return {
+            "E": self.std * torch.randn(self.tokens, d),
+            "W1": kaiming(self.hidden, d),
+            "b1": torch.zeros(self.hidden),
+        }
 
     def weights(self, place: Place) -> dict[str, Tensor]:
         if self.reparameterise:

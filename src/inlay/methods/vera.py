@@ -19,8 +19,8 @@ from inlay.methods.kron import linears_only
 class VeRA(Edit):
     """y + b * (B (d * (A x))),  trained d (rank,), b (D_out,).  Kopiczko et al. 2024, arXiv:2310.11454, eq. 2.
 
-    A (rank, widest D_in) and B (widest D_out, rank) are frozen, Kaiming-uniform, shared by all places and cut to each; b starts
-    at zero, d at `d_initial`.
+    A (rank, widest D_in) and B (widest D_out, rank) are frozen, Kaiming-uniform, shared by all places and cut to
+    each; b starts at zero, d at `d_initial`.
     """
 
     kind = "vera"

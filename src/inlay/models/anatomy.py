@@ -32,7 +32,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     try:
         blocks = model.get_submodule(family.blocks)
     except AttributeError as e:
-        raise InlayError(f"{type(model).__name__} has no {family.blocks!r}; attach to the whole causal language model") from e
+        raise InlayError(
+            f"{type(model).__name__} has no {family.blocks!r}; attach to the whole causal language model"
+        ) from e
     return Anatomy(kind, len(blocks), tuple(_spots(model, family, blocks)))  # type: ignore[arg-type]
 
 
@@ -70,7 +72,11 @@ def infer(model: nn.Module) -> Family:
 
     Fused projections are offered whole (`qkv`, `gate_up`): how their parts interleave cannot be seen from outside.
     """
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and not re.search(r"\.\d+\.", n)}
+    lists = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) and not re.search(r"\.\d+\.", n)
+    }
     if not lists:
         raise InlayError(f"cannot find the blocks of {type(model).__name__}; add an entry to inlay.models.families")
     name = max(lists, key=lambda n: (len(lists[n]), -len(n)))
@@ -83,7 +89,9 @@ def infer(model: nn.Module) -> Family:
         if len(wanted) == 1:
             roles[role] = wanted[0]
     for role, pattern in (("attn", r".*att[^.]*"), ("mlp", r".*(mlp|feed_forward|ffn|moe)")):
-        if found := [p for p in inside if "." not in p and re.fullmatch(pattern, p, re.I) and list(inside[p].children())]:
+        if found := [
+            p for p in inside if "." not in p and re.fullmatch(pattern, p, re.I) and list(inside[p].children())
+        ]:
             roles[role] = found[0]
     if not roles:
         raise InlayError(f"cannot read the roles of {type(model).__name__}; add an entry to inlay.models.families")

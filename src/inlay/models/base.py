@@ -41,7 +41,8 @@ def load_base(name: str | Path, dtype: str | None = None, device: str | None = N
         tokenizer = AutoTokenizer.from_pretrained(path)
     except OSError as e:
         raise InlayError(
-            f"cannot load the base {str(name)!r}: {str(e).splitlines()[0]} Give a folder, a Hub id, or one of {', '.join(EMBEDDED)}."
+            f"cannot load the base {str(name)!r}: {str(e).splitlines()[0]} "
+            f"Give a folder, a Hub id, or one of {', '.join(EMBEDDED)}."
         ) from e
     model.config._name_or_path = str(name)
     if tokenizer.pad_token_id is None:

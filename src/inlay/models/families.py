@@ -42,8 +42,11 @@ def blocked(config) -> Parts:
     n, kv = _heads(config)
     slots = n + 2 * kv
     return {
-        "q": Part(1, slots, 0, n), "k": Part(1, slots, n, n + kv), "v": Part(1, slots, n + kv, slots),
-        "gate": Part(1, 2, 0, 1), "up": Part(1, 2, 1, 2),
+        "q": Part(1, slots, 0, n),
+        "k": Part(1, slots, n, n + kv),
+        "v": Part(1, slots, n + kv, slots),
+        "gate": Part(1, 2, 0, 1),
+        "up": Part(1, 2, 1, 2),
     }
 
 
@@ -60,67 +63,133 @@ def falcon(config) -> Parts:
 
 
 LLAMA = Family(
-    blocks="model.layers", embed="model.embed_tokens",
+    blocks="model.layers",
+    embed="model.embed_tokens",
     roles={
-        "attn": "self_attn", "mlp": "mlp",
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+        "attn": "self_attn",
+        "mlp": "mlp",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
     },
 )
-MOE = Family(  # the experts are 3-D tensors that are never called: adapters hang at attention and around the expert block
-    blocks="model.layers", embed="model.embed_tokens",
-    roles={k: v for k, v in LLAMA.roles.items() if k not in ("gate", "up", "down")},
+MOE = (
+    Family(  # the experts are 3-D tensors that are never called: adapters hang at attention and around the expert block
+        blocks="model.layers",
+        embed="model.embed_tokens",
+        roles={k: v for k, v in LLAMA.roles.items() if k not in ("gate", "up", "down")},
+    )
 )
 PHI3 = Family(
-    blocks="model.layers", embed="model.embed_tokens", parts=blocked,
+    blocks="model.layers",
+    embed="model.embed_tokens",
+    parts=blocked,
     roles={
-        "attn": "self_attn", "mlp": "mlp", "qkv": "self_attn.qkv_proj",
-        **{r: f"self_attn.qkv_proj#{r}" for r in "qkv"}, "o": "self_attn.o_proj",
-        "gate_up": "mlp.gate_up_proj", "gate": "mlp.gate_up_proj#gate", "up": "mlp.gate_up_proj#up", "down": "mlp.down_proj",
+        "attn": "self_attn",
+        "mlp": "mlp",
+        "qkv": "self_attn.qkv_proj",
+        **{r: f"self_attn.qkv_proj#{r}" for r in "qkv"},
+        "o": "self_attn.o_proj",
+        "gate_up": "mlp.gate_up_proj",
+        "gate": "mlp.gate_up_proj#gate",
+        "up": "mlp.gate_up_proj#up",
+        "down": "mlp.down_proj",
     },
 )
 GPTJ = Family(
-    blocks="transformer.h", embed="transformer.wte",
+    blocks="transformer.h",
+    embed="transformer.wte",
     roles={
-        "attn": "attn", "mlp": "mlp", "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.out_proj",
-        "up": "mlp.fc_in", "down": "mlp.fc_out",
+        "attn": "attn",
+        "mlp": "mlp",
+        "q": "attn.q_proj",
+        "k": "attn.k_proj",
+        "v": "attn.v_proj",
+        "o": "attn.out_proj",
+        "up": "mlp.fc_in",
+        "down": "mlp.fc_out",
     },
 )
 BLOOM = Family(
-    blocks="transformer.h", embed="transformer.word_embeddings", parts=interleaved,
+    blocks="transformer.h",
+    embed="transformer.word_embeddings",
+    parts=interleaved,
     roles={
-        "attn": "self_attention", "mlp": "mlp", "qkv": "self_attention.query_key_value",
-        **{r: f"self_attention.query_key_value#{r}" for r in "qkv"}, "o": "self_attention.dense",
-        "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+        "attn": "self_attention",
+        "mlp": "mlp",
+        "qkv": "self_attention.query_key_value",
+        **{r: f"self_attention.query_key_value#{r}" for r in "qkv"},
+        "o": "self_attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
     },
 )
 FALCON = Family(blocks="transformer.h", embed="transformer.word_embeddings", parts=falcon, roles=BLOOM.roles)
 NEOX = Family(
-    blocks="gpt_neox.layers", embed="gpt_neox.embed_in", parts=interleaved,
+    blocks="gpt_neox.layers",
+    embed="gpt_neox.embed_in",
+    parts=interleaved,
     roles={
-        "attn": "attention", "mlp": "mlp", "qkv": "attention.query_key_value",
-        **{r: f"attention.query_key_value#{r}" for r in "qkv"}, "o": "attention.dense",
-        "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+        "attn": "attention",
+        "mlp": "mlp",
+        "qkv": "attention.query_key_value",
+        **{r: f"attention.query_key_value#{r}" for r in "qkv"},
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
     },
 )
 OPT = Family(
-    blocks="model.decoder.layers", embed="model.decoder.embed_tokens",
+    blocks="model.decoder.layers",
+    embed="model.decoder.embed_tokens",
     roles={
-        "attn": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-        "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
+        "attn": "self_attn",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
     },
 )
 GPT2 = Family(
-    blocks="transformer.h", embed="transformer.wte", parts=blocked,
+    blocks="transformer.h",
+    embed="transformer.wte",
+    parts=blocked,
     roles={
-        "attn": "attn", "mlp": "mlp", "qkv": "attn.c_attn", **{r: f"attn.c_attn#{r}" for r in "qkv"}, "o": "attn.c_proj",
-        "up": "mlp.c_fc", "down": "mlp.c_proj",
+        "attn": "attn",
+        "mlp": "mlp",
+        "qkv": "attn.c_attn",
+        **{r: f"attn.c_attn#{r}" for r in "qkv"},
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
     },
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma": LLAMA, "gemma2": LLAMA, "smollm3": LLAMA,
-    "olmo2": LLAMA, "phi3": PHI3, "gptj": GPTJ, "bloom": BLOOM, "falcon": FALCON, "gpt_neox": NEOX, "opt": OPT, "gpt2": GPT2,
-    "mixtral": MOE, "olmoe": MOE, "qwen2_moe": MOE, "qwen3_moe": MOE,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "smollm3": LLAMA,
+    "olmo2": LLAMA,
+    "phi3": PHI3,
+    "gptj": GPTJ,
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "gpt_neox": NEOX,
+    "opt": OPT,
+    "gpt2": GPT2,
+    "mixtral": MOE,
+    "olmoe": MOE,
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
 }
 """`config.model_type` -> family."""
