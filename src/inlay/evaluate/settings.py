@@ -92,10 +92,12 @@ def run(settings: EvalSettings) -> Report:
 
 
 def hang(host: Host, folder: Path) -> str:
-    """Read an adapter of any format under its folder's name, or that name and a number if it is taken."""
+    """Read an adapter of any format under its folder's name (its run's, if that is `adapter`), numbered if it is taken."""
     from inlay.interop import formats
 
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "adapter"
+    folder = folder.resolve()
+    own = folder.parent.name if folder.name == "adapter" else folder.name
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", own).strip("-") or "adapter"
     name, count = stem, 2
     while name in host.edits or name == "base":
         name, count = f"{stem}-{count}", count + 1
