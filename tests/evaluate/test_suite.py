@@ -224,22 +224,40 @@ def test_wrong_requests_are_told(worn, tok, wrong, says):
         suite(worn, tok, **wrong)
 
 
+@pytest.mark.parametrize("protocol", ["clean", "published"])
+def test_the_real_files(shared, tok, tmp_path, protocol):
+    """Each set's prompts, options and labels go through; a random model's score means nothing."""
+    wide = inlay.attach(base("bloom"))
+    data = shared / "data" / "llm_adapters"
+    options = ["boolq", "piqa", "siqa", "winogrande", "arc-e", "arc-c", "obqa", "aqua"]
+    few = {"data": data, "limit": 2, "progress": False, "protocol": protocol}
+    report = evaluate(wide, tok, ["math", "mawps"], decoding={"max_new_tokens": 2, "beams": 2}, out=tmp_path, **few)
+    assert {c.n for c in report.cells} == {2} and len(report.cells) == 7
+    rows = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    gsm = json.loads((data / "gsm8k" / "test.json").read_text())
+    assert all(r["label"] == gsm[r["index"]]["answer"] for r in rows if r["dataset"] == "gsm8k")
+    for form in ("answer", "text"):
+        found = evaluate(wide, tok, options, how="options", option_form=form, normalise="bytes", **few)
+        assert [c.no_answer for c in found.cells] == [0] * 8
+
+
 def test_run_from_folders(worn, tok, tmp_path, capsys):
     model = base("llama", positions=512)
     model.save_pretrained(tmp_path / "base")
     tok.save_pretrained(tmp_path / "base")
-    for i in ("a", "b"):
-        inlay.save(worn, "good", tmp_path / i / "my.good")
+    folders = (tmp_path / "a" / "my.good", tmp_path / "b" / "my.good", tmp_path / "run" / "adapter")
+    for folder in folders:
+        inlay.save(worn, "good", folder)
     (tmp_path / "SVAMP").mkdir()
     to_json(SUMS, tmp_path / "SVAMP" / "test.json")
     settings = EvalSettings(
-        model=str(tmp_path / "base"), adapters=(tmp_path / "a" / "my.good", tmp_path / "b" / "my.good"), bare=True,
+        model=str(tmp_path / "base"), adapters=folders, bare=True,
         tasks=("SVAMP",), data=tmp_path, max_new_tokens=28, out=tmp_path / "out", device="cpu",
     )
     with pytest.warns(UserWarning, match="not the published"):
         report = run(settings)
-    assert report.adapters == ["base", "my-good", "my-good-2"]
-    assert [c.accuracy for c in report.cells][1:] == [100, 100]
+    assert report.adapters == ["base", "my-good", "my-good-2", "run"]
+    assert [c.accuracy for c in report.cells][1:] == [100, 100, 100]
     assert "SVAMP" in capsys.readouterr().out
     with pytest.raises(InlayError, match="no such adapter folder"):
         run(EvalSettings(model="x", adapters=(tmp_path / "none",)))

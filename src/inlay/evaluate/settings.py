@@ -92,7 +92,7 @@ def run(settings: EvalSettings) -> Report:
 
 
 def hang(host: Host, folder: Path) -> str:
-    """Read an adapter of any format under its folder's name (its run's, if that is `adapter`), numbered if it is taken."""
+    """Read an adapter of any format under its folder's name (if that is `adapter`, its parent's), numbered if taken."""
     from inlay.interop import formats
 
     folder = folder.resolve()
