@@ -114,6 +114,16 @@ def test_settings_refused(name, fields, why, tmp_path):
     assert not host.edits and not host.sites
 
 
+def test_a_missing_setting_is_named(tmp_path):
+    shutil.copytree(FIXTURES / "llama" / "lora", tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    meta = json.loads(file.read_text())
+    del meta["config"]["alpha"]
+    file.write_text(json.dumps(meta))
+    with pytest.raises(InlayError, match="lacks 'alpha'"):
+        formats.read(host_on("llama"), tmp_path / "a")
+
+
 def test_other_family():
     with pytest.raises(InlayError, match="made for 'llama' and this model is a 'gptj'"):
         formats.read(host_on("gptj"), FIXTURES / "llama" / "seq_bn")

@@ -88,6 +88,23 @@ def test_layers_to_transform(layers, tmp_path):
     close(loaded(tmp_path / "ours"), theirs, "LoRA, one layer", "llama", "Inlay to PEFT")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"exclude_modules": r".*\.1\..*"},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+    ],
+)
+def test_modules_left_out(fields, tmp_path):
+    theirs = saved(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **fields), tmp_path / "theirs")
+    host = attach("llama")
+    ours.read(host, tmp_path / "theirs", "a")
+    close(host_logits(host, "a"), theirs, "LoRA, modules left out", "llama", "PEFT to Inlay")
+    ours.write(host, "a", tmp_path / "ours")
+    close(loaded(tmp_path / "ours"), theirs, "LoRA, modules left out", "llama", "Inlay to PEFT")
+
+
 @pytest.mark.parametrize("target", ["all-linear", r".*self_attn\.(q|k)_proj"])
 def test_target_rules(target, tmp_path):
     theirs = saved(peft.LoraConfig(r=2, target_modules=target), tmp_path / "theirs")

@@ -50,6 +50,7 @@ def refused(folder: Path, pattern: str, family: str = "llama") -> None:
         ({"target_modules": ["q_proj"]}, "does not name"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "has no tensors for it"),
         ({"use_dora": True}, "wanted"),
+        ({"target_modules": "*q_proj"}, "not a regular expression"),
         ({"peft_type": "LOHA"}, "does not know the tensors|no counterpart"),
     ],
 )
@@ -152,3 +153,7 @@ def test_detect(tmp_path):
     host = attach("llama")
     assert formats.read(host, tmp_path / "a" / "inner") == "inner"
     assert formats.read(host, tmp_path / "a" / "inner") == "inner_2"
+    inlay.save(host, "inner", tmp_path / "own")
+    assert formats.detect(tmp_path / "own") == "inlay"
+    formats.read(host, tmp_path / "own", "again")
+    assert torch.equal(host_logits(host, "inner"), host_logits(host, "again"))

@@ -87,7 +87,10 @@ def read(host: Host, folder: str | Path, name: str | None = None) -> str:
     kind = config.get("architecture")
     if kind not in READERS:
         raise unknown("AdapterHub architecture", kind, map(str, READERS), f"It stands in {path}.")
-    return READERS[kind](host, Folder(path, meta.get("name", ""), config, tensors), free_name(host, path, name))
+    try:
+        return READERS[kind](host, Folder(path, meta.get("name", ""), config, tensors), free_name(host, path, name))
+    except KeyError as e:
+        raise InlayError(f"{path} lacks {e.args[0]!r}; nothing was read") from e
 
 
 def sort_tensors(folder: Folder, names: Mapping[str, str]) -> dict[tuple[int, str], Tensors]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from inlay.core import store
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.interop import adapterhub, llm_adapters, peft
 from inlay.interop.peft import Written
 from inlay.interop.peft_folder import CONFIG
+from inlay.methods import EDITS
 
 FORMATS = ("inlay", "peft", "llm-adapters", "adapterhub")
 
@@ -42,9 +44,7 @@ def read(host: Host, folder: str | Path, name: str | None = None) -> str:
     """Hang an adapter from any known folder; its name on the host, by default the folder's."""
     kind = detect(folder)
     if kind == "inlay":
-        import inlay
-
-        return inlay.load(host, folder, name)  # type: ignore[attr-defined]
+        return store.load(host, folder, EDITS, name)
     return {"peft": peft.read, "llm-adapters": llm_adapters.read, "adapterhub": adapterhub.read}[kind](
         host, folder, name
     )

@@ -63,6 +63,13 @@ def load(
     if kind not in rows:
         raise unknown("peft_type", kind, rows, f"It stands in {folder}.")
     row = rows[kind]
+    try:
+        return _load(host, folder, config, tensors, name, row)
+    except re.error as e:
+        raise InlayError(f"{folder}: {e.pattern!r} in the config is not a regular expression: {e}") from e
+
+
+def _load(host: Host, folder: Path, config: Mapping[str, Any], tensors: Tensors, name: str | None, row: Row) -> str:
     check_settings(folder, config, row)
     found = sort_tensors(folder, config, tensors, row)
     if row.names:

@@ -176,10 +176,9 @@ def load_adalora(found: Found) -> Loaded:
     steps = found.setting("total_step", 0)
     schedule = {}
     if steps > 1:
-        final = 0 < found.setting("tfinal", 0) < steps and found.setting("tfinal", 0) / steps
         schedule = {
             "warmup": found.setting("tinit", 0) / steps,
-            "final": final or 0.0,
+            "final": found.setting("tfinal", 0) / steps,
             "interval": found.setting("deltaT", 1),
         }
     edit = method("adalora").make(
