@@ -21,9 +21,19 @@ def arguments(out, cls=None, **changes):
     from transformers import TrainingArguments
 
     values = {
-        "output_dir": str(out), "max_steps": 12, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 3e-2,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 1, "lr_scheduler_type": "constant",
-    }  # fmt: skip
+        "output_dir": str(out),
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 3e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        "lr_scheduler_type": "constant",
+    }
     return (cls or TrainingArguments)(**{**values, **changes})
 
 
@@ -76,7 +86,7 @@ def test_checkpointing_under_trainer_gives_the_same_adapter(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "adalora"])
 def test_fit_and_trainer_agree(tmp_path, method):
-    """The same eight rows in each step, in two micro-batches, under the same schedule: the same losses, the same adapter."""
+    """The same eight rows in each step, in two micro-batches, under the same schedule: the same adapter."""
     settings_of = {"target": 3} if method == "adalora" else {}
     ours, theirs = wearing(method, **settings_of), wearing(method, **settings_of).use("a")
     data = rows(8, prompt=True)
@@ -191,10 +201,8 @@ def test_fit_and_sft_agree(tmp_path, tokenizer, method):
     t.train()
     from tests.train.tiny import Row
 
-    encoded = [
-        Row(list(r["input_ids"]), [i if m else -100 for i, m in zip(r["input_ids"], r["completion_mask"], strict=True)])
-        for r in t.train_dataset
-    ]
+    encoded = [Row(list(r["input_ids"]), list(r["labels"])) for r in t.train_dataset]
+    assert {-100} < {x for r in encoded for x in r.labels}
     s = settings(tmp_path / "fit", batch_size=8, micro_batch=4, steps=1, lr=3e-2, warmup=0, schedule="constant")
     r = fit(ours, "a", encoded, [], s, tmp_path / "fit", None)
     assert losses(t) == pytest.approx([r.loss], rel=1e-4)
@@ -204,3 +212,27 @@ def test_sft_never_calls_the_head(tmp_path, tokenizer):
     host = wearing("full", at="head").use("a")
     with pytest.raises(InlayError, match="TRL multiplies by the head's weight itself"):
         sft(host, tmp_path, texts(8), tokenizer).train()
+
+
+# ---- a quantised base ------------------------------------------------------------------------------------------------
+def test_quantised_base_needs_one_flag(tmp_path):
+    """Trainer refuses a quantised model in which it sees no PEFT adapter; the flag is needed while it is built."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    base().save_pretrained(tmp_path / "base")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit)
+    host = inlay.attach(model).add("a", inlay.method("lora").make(rank=4), seed=0).use("a")
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(host, tmp_path, rows(24))
+    model._hf_peft_config_loaded = True
+    t = trainer(host, tmp_path, rows(24), save_strategy="steps", save_steps=12)
+    model._hf_peft_config_loaded = False
+    t.train()
+    assert (
+        sum(losses(t)[-3:]) < sum(losses(t)[:3]) and (tmp_path / "checkpoint-12" / "adapter" / "adapter.json").exists()
+    )
+    before = copy(host)
+    fit(host, "a", rows(24), [], settings(tmp_path / "fit"), tmp_path / "fit", None)
+    assert not same(before, copy(host))

@@ -49,7 +49,9 @@ def test_collate():
     b = collate([Row([4, 5, 6], [-100, 5, 6]), Row([7], [7])], 9, torch.device("cpu"))
     assert b.input_ids.tolist() == [[4, 5, 6], [7, 9, 9]] and b.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert b.labels.tolist() == [[-100, 5, 6], [7, -100, -100]]
-    assert (b.learned, b.tokens) == (2, 4) == (sum(learned(r) for r in [Row([4, 5, 6], [-100, 5, 6]), Row([7], [7])]), 4)
+    assert (
+        (b.learned, b.tokens) == (2, 4) == (sum(learned(r) for r in [Row([4, 5, 6], [-100, 5, 6]), Row([7], [7])]), 4)
+    )
 
 
 def test_digest_sees_everything():

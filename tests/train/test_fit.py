@@ -25,8 +25,22 @@ def test_accumulation_is_one_big_batch(tmp_path):
     data, seen = rows(16, prompt=True), []
     for micro in (8, 3, 1):
         host = wearing()
-        fit(host, "a", data, [], settings(tmp_path / str(micro), batch_size=8, micro_batch=micro, lr=1e-3), tmp_path / str(micro), None)
-        seen.append((copy(host), [m["loss"] for m in lines(tmp_path / str(micro))], [m["grad_norm"] for m in lines(tmp_path / str(micro))]))
+        fit(
+            host,
+            "a",
+            data,
+            [],
+            settings(tmp_path / str(micro), batch_size=8, micro_batch=micro, lr=1e-3),
+            tmp_path / str(micro),
+            None,
+        )
+        seen.append(
+            (
+                copy(host),
+                [m["loss"] for m in lines(tmp_path / str(micro))],
+                [m["grad_norm"] for m in lines(tmp_path / str(micro))],
+            )
+        )
     for tensors, losses, norms in seen[1:]:
         assert losses == pytest.approx(seen[0][1], rel=1e-5)
         assert norms == pytest.approx(seen[0][2], rel=1e-4)
@@ -51,13 +65,16 @@ def test_first_step_is_adamw_on_the_mean_over_learned_tokens(tmp_path):
     norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
     torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1).step()
     (line,) = lines(tmp_path)
-    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6) and line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6) and line["grad_norm"] == pytest.approx(
+        norm.item(), rel=1e-5
+    )
     for k, v in host.tensors("a").items():
         torch.testing.assert_close(v, by_hand.tensors("a")[k], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", "series", "parallel", "prefix", "prompt", "ia3", "road1", "dora", "adalora", "full", "vera", "bitfit"]
+    "method",
+    ["lora", "series", "parallel", "prefix", "prompt", "ia3", "road1", "dora", "adalora", "full", "vera", "bitfit"],
 )
 def test_every_kind_learns_and_the_base_stays(tmp_path, method):
     host = wearing(method, **{"bitfit": {"new": True}, "adalora": {"target": 3}}.get(method, {}))
@@ -85,7 +102,9 @@ def test_full_fine_tuning_is_plain_training(tmp_path):
     losses = []
     for step in range(5):
         micros = feed.step(step)
-        loss = sum(loss_sum(plain, collate(m, 0, torch.device("cpu"))) for m in micros) / sum(learned(e) for m in micros for e in m)
+        loss = sum(loss_sum(plain, collate(m, 0, torch.device("cpu"))) for m in micros) / sum(
+            learned(e) for m in micros for e in m
+        )
         loss.backward()
         optimizer.step()
         rate.step()
@@ -272,12 +291,19 @@ def test_run_folder(tmp_path):
 
     assert read_recipe(tmp_path / "settings.yaml", TrainSettings) == s
     environment = json.loads((tmp_path / "environment.json").read_text())["sessions"]
-    assert environment[0]["packages"]["torch"] == torch.__version__ and environment[0]["threads"] == torch.get_num_threads()
+    assert (
+        environment[0]["packages"]["torch"] == torch.__version__
+        and environment[0]["threads"] == torch.get_num_threads()
+    )
     data = json.loads((tmp_path / "data.json").read_text())
     assert data["task"] == "counting" and data["train"]["examples"] == 8 and data["validation"]["examples"] == 3
     assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    assert {p.name for p in (tmp_path / "checkpoint-6").iterdir()} == {"adapter.safetensors", "state.pt", "checkpoint.json"}
+    assert {p.name for p in (tmp_path / "checkpoint-6").iterdir()} == {
+        "adapter.safetensors",
+        "state.pt",
+        "checkpoint.json",
+    }
 
 
 def test_two_runs_are_not_mixed(tmp_path):

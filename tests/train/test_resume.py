@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -58,12 +59,17 @@ def stopped(host, data, val, s, run, at, monkeypatch, resume=False):
 
 @pytest.mark.parametrize(
     ("kind", "method", "own"),
-    [("llama", "lora", {"dropout": 0.2}), ("gpt2", "series", {"dropout": 0.1}), ("llama", "adalora", {"rank": 6, "target": 2, "interval": 2}),
-     ("llama", "prefix", {}), ("llama", "full", {})],
-)  # fmt: skip
+    [
+        ("llama", "lora", {"dropout": 0.2}),
+        ("gpt2", "series", {"dropout": 0.1}),
+        ("llama", "adalora", {"rank": 6, "target": 2, "interval": 2}),
+        ("llama", "prefix", {}),
+        ("llama", "full", {}),
+    ],
+)
 @pytest.mark.parametrize("changes", [{}, {"group_by_length": True, "gradient_checkpointing": True, "micro_batch": 1}])
 def test_half_and_half_is_the_whole(tmp_path, monkeypatch, kind, method, own, changes):
-    """13 examples in batches of 4 and 10 steps: the stop after step 6 is in mid-epoch. Dropout, accumulation, validation."""
+    """13 examples in batches of 4 and 10 steps: the stop after step 6 is in mid-epoch."""
     data, val = rows(13, prompt=True), rows(3, 5)
     changes = {"steps": 10, "save_every": 3, "eval_every": 2, "schedule": "cosine", **changes}
     whole, half = wearing(method, kind=kind, **own), wearing(method, kind=kind, **own)
@@ -87,7 +93,9 @@ def test_from_a_named_checkpoint(tmp_path):
     before = checkpoint.read(tmp_path / "a" / "checkpoint-6")
     again = wearing(dropout=0.3)
     fit(again, "a", data, [], s, tmp_path / "a", None, resume=tmp_path / "a" / "checkpoint-2")
-    assert same(copy(host), copy(again)) and same(before.adapter, checkpoint.read(tmp_path / "a" / "checkpoint-6").adapter)
+    assert same(copy(host), copy(again)) and same(
+        before.adapter, checkpoint.read(tmp_path / "a" / "checkpoint-6").adapter
+    )
     assert len(trace(tmp_path / "a")) == 6
     elsewhere = wearing(dropout=0.3)
     moved = replace(s, out=tmp_path / "b")
@@ -96,12 +104,14 @@ def test_from_a_named_checkpoint(tmp_path):
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    """resume=True suits a job that is restarted by a scheduler: it begins where there is nothing yet, and a finished run stays."""
+    """resume=True suits a restarted job: it begins where there is nothing yet, and a finished run stays."""
     host, data, s = wearing(), rows(8), settings(tmp_path)
     fit(host, "a", data, [], s, tmp_path, None, resume=True)
     done = fit(again := wearing(), "a", data, [], s, tmp_path, None, resume=True)
     assert done.steps == 6 and same(copy(host), copy(again)) and len(trace(tmp_path)) == 6
-    with pytest.raises(InlayError, match="no checkpoint: it has no checkpoint.json. The last good checkpoint is .*checkpoint-6"):
+    with pytest.raises(
+        InlayError, match="no checkpoint: it has no checkpoint.json. The last good checkpoint is .*checkpoint-6"
+    ):
         fit(wearing(), "a", data, [], s, tmp_path, None, resume=tmp_path / "checkpoint-5")
 
 
@@ -162,20 +172,20 @@ def test_a_crash_at_any_write(tmp_path, monkeypatch):
         return call
 
     # Enough to pass every write of a run; after `at` calls nothing reaches the disk any more.
-    for at in range(1, 60, 4):
+    for at in range(1, 80, 6):
         run, calls = tmp_path / str(at), 0
         with monkeypatch.context() as m:
             for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
                 m.setattr(owner, name, dies(getattr(owner, name), at))
-            try:
+            with contextlib.suppress(Power):
                 fit(wearing(dropout=0.1), "a", data, [], replace(s, out=run), run, None)
-            except Power:
-                pass
+        last = calls
         for step in checkpoint.steps(run):
             checkpoint.read(run / f"checkpoint-{step}")
         again = wearing(dropout=0.1)
         fit(again, "a", data, [], replace(s, out=run), run, None, resume=True)
         assert same(want, copy(again)) and not list(run.glob(".*.partial")) and not list(run.glob(".*.old"))
+    assert last < at, "the last round was to be undisturbed"
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
@@ -186,8 +196,11 @@ def test_killed_for_real(tmp_path, kills):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(run)], env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(run)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         before = max(checkpoint.steps(run), default=0)
         while process.poll() is None and max(checkpoint.steps(run), default=0) <= before:
@@ -215,7 +228,9 @@ def full_disk(kind, monkeypatch):
     def raises(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*{"tensors": (checkpoint, "save_file"), "state": (torch, "save"), "fsync": (os, "fsync")}[kind], raises)
+    monkeypatch.setattr(
+        *{"tensors": (checkpoint, "save_file"), "state": (torch, "save"), "fsync": (os, "fsync")}[kind], raises
+    )
 
 
 @pytest.mark.parametrize("kind", ["tensors", "state", "fsync"])
@@ -225,7 +240,10 @@ def test_full_disk(tmp_path, monkeypatch, kind):
     data, s = rows(8), settings(tmp_path)
     with monkeypatch.context() as m:
         m.setattr(LoRA, "after_step", lambda self, a, step, total, state: full_disk(kind, m) if step == 4 else None)
-        with pytest.raises(InlayError, match=r"cannot write .*checkpoint-4: .*No space left on device.*checkpoint-2\. Make room, then resume"):
+        with pytest.raises(
+            InlayError,
+            match=r"cannot write .*checkpoint-4: .*No space left on device.*checkpoint-2\. Make room, then resume",
+        ):
             fit(wearing(dropout=0.1), "a", data, [], s, tmp_path, None)
     assert checkpoint.steps(tmp_path) == [2] and not list(tmp_path.glob(".*.partial"))
     checkpoint.read(tmp_path / "checkpoint-2")
@@ -245,7 +263,10 @@ def test_full_disk_under_the_metrics(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, values)
 
-    with monkeypatch.context() as m, pytest.raises(InlayError, match=r"cannot write to .*No space left.*checkpoint-2\. Make room"):
+    with (
+        monkeypatch.context() as m,
+        pytest.raises(InlayError, match=r"cannot write to .*No space left.*checkpoint-2\. Make room"),
+    ):
         m.setattr(Journal, "write", full)
         fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None)
     fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=True)
@@ -263,7 +284,9 @@ def test_files_that_may_not_grow(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, was[1]))
         try:
-            with pytest.raises(InlayError, match=r"cannot write .*checkpoint-8.*The last good checkpoint is .*checkpoint-6"):
+            with pytest.raises(
+                InlayError, match=r"cannot write .*checkpoint-8.*The last good checkpoint is .*checkpoint-6"
+            ):
                 checkpoint.write(tmp_path, 8, tensors, state, {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, was)

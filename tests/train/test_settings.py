@@ -9,7 +9,16 @@ import tyro
 
 import inlay
 from inlay.core.errors import InlayError
-from inlay.train.settings import DataSettings, OptimSettings, RunSettings, TrainSettings, differences, identity, read_recipe, to_yaml
+from inlay.train.settings import (
+    DataSettings,
+    OptimSettings,
+    RunSettings,
+    TrainSettings,
+    differences,
+    identity,
+    read_recipe,
+    to_yaml,
+)
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -21,8 +30,9 @@ def recipe(tmp_path, text):
 
 
 def test_flags_and_recipe_agree(tmp_path):
-    flags = "--model m --method lora --settings rank=8 dropout=5e-2 init=pissa rank_stabilised=true --at q,v@0-3 --task gsm8k --lr 1e-3"
-    flags += " --loggers wandb tensorboard --warmup 0.1 --steps 7 --out runs/x --dtype bf16 --gradient-checkpointing"
+    flags = "--model m --method lora --settings rank=8 dropout=5e-2 init=pissa rank_stabilised=true --at q,v@0-3"
+    flags += " --task gsm8k --lr 1e-3 --loggers wandb tensorboard --warmup 0.1 --steps 7 --out runs/x"
+    flags += " --dtype bf16 --gradient-checkpointing"
     typed = tyro.cli(TrainSettings, args=flags.split(), config=(tyro.conf.OmitArgPrefixes,))
     read = recipe(
         tmp_path,
@@ -31,7 +41,10 @@ def test_flags_and_recipe_agree(tmp_path):
         "run: {loggers: [wandb, tensorboard], dtype: bf16, gradient_checkpointing: true}\n",
     )
     assert typed == read
-    assert read.settings == {"rank": 8, "dropout": 0.05, "init": "pissa", "rank_stabilised": True} and read.optim.lr == 1e-3
+    assert (
+        read.settings == {"rank": 8, "dropout": 0.05, "init": "pissa", "rank_stabilised": True}
+        and read.optim.lr == 1e-3
+    )
 
 
 def test_flags_override_a_recipe(tmp_path):
@@ -48,8 +61,12 @@ def test_names_are_unique_across_sections():
 
 def test_round_trip(tmp_path):
     s = TrainSettings(
-        model="m", out=tmp_path / "x", settings={"rank": 2, "alpha": 1e-7}, data=DataSettings(train_file=Path("a.json")),
-        optim=OptimSettings(lr=1e-5, warmup=0.06), run=RunSettings(loggers=("none",)),
+        model="m",
+        out=tmp_path / "x",
+        settings={"rank": 2, "alpha": 1e-7},
+        data=DataSettings(train_file=Path("a.json")),
+        optim=OptimSettings(lr=1e-5, warmup=0.06),
+        run=RunSettings(loggers=("none",)),
     )
     assert recipe(tmp_path, to_yaml(s)) == s
 
@@ -57,7 +74,10 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("model: m\nout: x\nlearning_rate: 1\n", r"a recipe has no 'learning_rate'; known here: model, method, settings, at,"),
+        (
+            "model: m\nout: x\nlearning_rate: 1\n",
+            r"a recipe has no 'learning_rate'; known here: model, method, settings, at,",
+        ),
         ("model: m\nout: x\nlr: 1\n", r"has no 'lr'.*'lr' belongs into 'optim'"),
         ("model: m\nout: x\noptim: {lrr: 1}\n", r"section 'optim' has no 'lrr'; known here: batch_size, micro_batch,"),
         ("method: lora\n", "lacks model, out"),
@@ -91,7 +111,9 @@ def test_identity_leaves_out_what_does_not_matter(tmp_path):
     a = TrainSettings(model="m", out=tmp_path / "a", run=RunSettings(loggers=("wandb",), save_every=3))
     b = TrainSettings(model="m", out=tmp_path / "b", run=RunSettings(progress=False, keep_last=9))
     c = TrainSettings(model="m", out=tmp_path / "b", optim=OptimSettings(lr=1.0))
-    assert not differences(identity(a), identity(b)) and differences(identity(a), identity(c)) == ["optim.lr: 0.0003 before, 1.0 now"]
+    assert not differences(identity(a), identity(b)) and differences(identity(a), identity(c)) == [
+        "optim.lr: 0.0003 before, 1.0 now"
+    ]
 
 
 # ---- the published recipes -------------------------------------------------------------------------------------------
@@ -106,11 +128,19 @@ def test_recipe_is_whole(path):
 
 
 TRAINED = {  # LLM-Adapters' counts; PEFT-fork measured on the same shapes
-    "llama-7b-lora-math": 56_098_816, "llama-7b-series-math": 67_108_864, "llama-7b-parallel-math": 247_463_936,
+    "llama-7b-lora-math": 56_098_816,
+    "llama-7b-series-math": 67_108_864,
+    "llama-7b-parallel-math": 247_463_936,
     "llama-7b-prefix-math": 2_621_440,
-    "gpt-j-6b-series-math": 58_720_256, "gpt-j-6b-parallel-math": 293_601_280, "gpt-j-6b-lora-math": 58_720_256,
+    "gpt-j-6b-series-math": 58_720_256,
+    "gpt-j-6b-parallel-math": 293_601_280,
+    "gpt-j-6b-lora-math": 58_720_256,
 }
-BLOOM = {"bloomz-7b1-lora-math": 55_050_240, "bloomz-7b1-series-math": 62_914_560, "bloomz-7b1-parallel-math": 314_572_800}
+BLOOM = {
+    "bloomz-7b1-lora-math": 55_050_240,
+    "bloomz-7b1-series-math": 62_914_560,
+    "bloomz-7b1-parallel-math": 314_572_800,
+}
 
 
 @pytest.mark.parametrize("stem", sorted({**TRAINED, **BLOOM}))
@@ -119,7 +149,11 @@ def test_recipe_trains_the_published_number(stem):
     from transformers import AutoModelForCausalLM, BloomConfig, GPTJConfig, LlamaConfig
 
     s = read_recipe(RECIPES[0].with_name(f"{stem}.yaml"), TrainSettings)
-    config = {"llama": LlamaConfig(), "gpt": GPTJConfig(), "bloomz": BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)}
+    config = {
+        "llama": LlamaConfig(),
+        "gpt": GPTJConfig(),
+        "bloomz": BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32),
+    }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config[stem.split("-")[0]])
     row = inlay.method(s.method)

@@ -29,7 +29,10 @@ class Calls(list):
 def calls(monkeypatch):
     made = Calls()
     run = types.SimpleNamespace(id="run7", log=made.taker("log"), finish=made.taker("finish"))
-    fakes = {"wandb": {"init": made.taker("init", run)}, "trackio": {n: made.taker(n) for n in ("init", "log", "finish")}}
+    fakes = {
+        "wandb": {"init": made.taker("init", run)},
+        "trackio": {n: made.taker(n) for n in ("init", "log", "finish")},
+    }
     for name, functions in fakes.items():
         fake = types.ModuleType(name)
         fake.__spec__ = importlib.machinery.ModuleSpec(name, None)  # accelerate looks for it
@@ -45,11 +48,16 @@ def test_numbers_arrive(tmp_path, calls, name):
     ((_, init),) = calls.of("init")
     assert init["project"] == "mine" and init["name"] == "run" and init["config"]["optim"]["lr"] == 0.01
     logged = calls.of("log")
-    assert [k["step"] for _, k in logged] == [1, 2, 3, 4] and "val_loss" in logged[2][0][0] and logged[0][0][0]["loss"] > 0
+    assert (
+        [k["step"] for _, k in logged] == [1, 2, 3, 4] and "val_loss" in logged[2][0][0] and logged[0][0][0]["loss"] > 0
+    )
     assert len(calls.of("finish")) == 1
 
 
-@pytest.mark.parametrize(("name", "first", "second"), [("wandb", (None, None), ("run7", "must")), ("trackio", (None, "never"), (None, "allow"))])
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [("wandb", (None, None), ("run7", "must")), ("trackio", (None, "never"), (None, "allow"))],
+)
 def test_a_resumed_run_is_the_same_run(tmp_path, calls, name, first, second):
     s = settings(tmp_path, loggers=(name,))
     fit(wearing(), "a", rows(8), [], s, tmp_path, None)
@@ -67,8 +75,14 @@ def test_closed_even_if_the_run_fails(tmp_path, calls, monkeypatch):
     assert len(calls.of("finish")) == 1
 
 
-@pytest.mark.parametrize(("name", "module", "install"), [("wandb", "wandb", "wandb"), ("trackio", "trackio", "trackio"),
-                                                         ("tensorboard", "torch.utils.tensorboard", "inlay\\[track\\]")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "module", "install"),
+    [
+        ("wandb", "wandb", "wandb"),
+        ("trackio", "trackio", "trackio"),
+        ("tensorboard", "torch.utils.tensorboard", "inlay\\[track\\]"),
+    ],
+)
 def test_missing_package(tmp_path, monkeypatch, name, module, install):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InlayError, match=f"pip install {install}"):

@@ -27,11 +27,21 @@ def base(seed: int = 0, kind: str = "llama"):
 
     torch.manual_seed(seed)
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+        config = GPT2Config(
+            vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
         return GPT2LMHeadModel(config).eval()
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -58,7 +68,16 @@ def rows(n: int, seed: int = 0, prompt: bool = False) -> list[Row]:
 
 def settings(out: Path, **changes) -> TrainSettings:
     """Settings for a run of a second; `changes` are fields of any section."""
-    base = {"batch_size": 4, "micro_batch": 2, "steps": 6, "lr": 1e-2, "warmup": 2, "progress": False, "loggers": ("none",), "save_every": 2}
+    base = {
+        "batch_size": 4,
+        "micro_batch": 2,
+        "steps": 6,
+        "lr": 1e-2,
+        "warmup": 2,
+        "progress": False,
+        "loggers": ("none",),
+        "save_every": 2,
+    }
     values = {**base, **changes}
 
     def section(cls):

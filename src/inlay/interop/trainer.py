@@ -1,7 +1,7 @@
-"""Adapters under `transformers.Trainer` and TRL, which need no change: a model that wears one trains there like any other.
+"""Adapters under `transformers.Trainer` and TRL: a model that wears one trains there like any other.
 
-What this callback adds is Inlay's adapter folder in every checkpoint, the terms that methods such as AdaLoRA ask of a training
-loop, and an error where nothing would be learned.
+What this callback adds is Inlay's adapter folder in every checkpoint, the terms that methods such as AdaLoRA ask of a
+training loop, and an error where nothing would be learned.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class AdapterCallback(TrainerCallback):
 
     - with each checkpoint, writes `checkpoint-<step>/adapter` (`inlay.load` reads it);
     - calls `after_step` of the method once the optimizer has stepped, and keeps its state in the checkpoint;
-    - adds the gradient of the method's `penalty` before the first backward of a step, so that it is clipped with the rest. The
-      loss that Trainer logs does not contain it, and it cannot be combined with fp16's loss scaling or DeepSpeed;
+    - adds the gradient of the method's `penalty` before the first backward of a step, so that it is clipped with the
+      rest. The loss that Trainer logs does not contain it, and fp16's loss scaling and DeepSpeed exclude it;
     - stops the run in its first step if no gradient reached the adapter.
 
-    It cannot keep Trainer from writing the frozen base into its checkpoints, nor seed the adapter: give `Host.add` a seed.
+    It cannot keep Trainer from writing the frozen base into its checkpoints, nor seed the adapter: `Host.add` takes a
+    seed.
     """
 
     def __init__(self, host: Host, name: str):
@@ -50,13 +51,13 @@ class AdapterCallback(TrainerCallback):
             )
         if self._penalised and (args.fp16 or getattr(args, "deepspeed", None)):
             raise InlayError(
-                f"{self.edit.kind} adds a penalty to the loss, which Trainer cannot scale under fp16 or DeepSpeed: use bf16"
+                f"{self.edit.kind} adds a penalty to the loss; it cannot be scaled under fp16 or DeepSpeed: use bf16"
             )
         roles = {s.spot.role for s in self.host.sites.values() if self.name in s.places}
         if "head" in roles and any(c.__module__.startswith("trl.") for c in type(args).__mro__):
             raise InlayError(
-                "TRL multiplies by the head's weight itself and never calls the head, so an adapter there would not learn: leave 'head' "
-                "out of the placement, or use Trainer or inlay.train"
+                "TRL multiplies by the head's weight itself and never calls the head, so an adapter there would not "
+                "learn: leave 'head' out of the placement, or use Trainer or inlay.train"
             )
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
         if state.global_step and file.is_file():
@@ -77,9 +78,7 @@ class AdapterCallback(TrainerCallback):
         if self._unchecked and not any(
             p.grad is not None and bool(p.grad.any()) for p in self.host.parameters(self.name)
         ):
-            raise InlayError(
-                f"no gradient reached {self.name!r} in its first step, so it would not learn; is the batch's plan set by others?"
-            )
+            raise InlayError(f"no gradient reached {self.name!r} in its first step, so it would not learn")
         self._unchecked = False
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

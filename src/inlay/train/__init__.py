@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    **dict.fromkeys(("TrainSettings", "DataSettings", "OptimSettings", "RunSettings", "read_recipe"), "inlay.train.settings"),
-    **dict.fromkeys(("fit", "RunResult"), "inlay.train.loop"),
+    **dict.fromkeys(
+        ("TrainSettings", "DataSettings", "OptimSettings", "RunSettings", "read_recipe"), "inlay.train.settings"
+    ),
+    **dict.fromkeys(("fit", "RunResult"), "inlay.train.fitting"),
     "train": "inlay.train.run",
 }
-__all__ = list(_HOME)
+__all__ = ["DataSettings", "OptimSettings", "RunResult", "RunSettings", "TrainSettings", "fit", "read_recipe", "train"]
 
 if TYPE_CHECKING:
-    from inlay.train.loop import RunResult, fit
+    from inlay.train.fitting import RunResult, fit
     from inlay.train.run import train
     from inlay.train.settings import DataSettings, OptimSettings, RunSettings, TrainSettings, read_recipe
 

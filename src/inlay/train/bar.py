@@ -14,8 +14,13 @@ class Bar:
 
     def __init__(self, total: int, done: int, show: bool):
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn(),
-            console=Console(stderr=True), disable=not show,
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not show,
         )
         self.task = self.progress.add_task("", total=total, completed=done, said="")
         self.last: tuple[float, float] | None = None

@@ -51,7 +51,9 @@ def usable(examples: Sequence[Example], what: str) -> list[Example]:
     """The examples that teach anything; raises InlayError if none does."""
     kept = [e for e in examples if learned(e)]
     if not kept:
-        raise InlayError(f"none of the {len(examples)} {what} examples has a token to learn; raise the cutoff or look at the file")
+        raise InlayError(
+            f"none of the {len(examples)} {what} examples has a token to learn; raise the cutoff or look at the file"
+        )
     return kept
 
 
@@ -78,7 +80,7 @@ def collate(rows: Sequence[Example], pad: int, device: torch.device) -> Batch:
 
 
 def order(lengths: Sequence[int], seed: int, epoch: int, group: int = 0) -> list[int]:
-    """Indices of one epoch. With `group` > 0, examples of like length lie together in runs of that many; runs are shuffled."""
+    """Indices of one epoch. With `group` > 0, runs of that many examples are of like length; the runs are shuffled."""
     draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     shuffled = torch.randperm(len(lengths), generator=draw).tolist()
     if not group:

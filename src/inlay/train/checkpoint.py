@@ -39,10 +39,16 @@ class Checkpoint:
 def random_states() -> dict[str, Any]:
     """Python's, NumPy's and PyTorch's generators as tensors and plain values."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -68,7 +74,9 @@ def write(run_dir: Path, step: int, adapter: dict[str, Tensor], state: dict[str,
         if path.exists():  # a run that was taken back to an earlier step passes this one again
             path.rename(aside)
         with new_folder(path) as folder:
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in adapter.items()}, folder / "adapter.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in adapter.items()}, folder / "adapter.safetensors"
+            )
             torch.save(state, folder / "state.pt")
             (folder / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
     except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError, depending on who writes
@@ -81,7 +89,11 @@ def write(run_dir: Path, step: int, adapter: dict[str, Tensor], state: dict[str,
 def last_good(run_dir: Path) -> str:
     """A sentence that tells where a run can go on from."""
     there = steps(run_dir)
-    return f"The last good checkpoint is {run_dir / f'checkpoint-{there[-1]}'}." if there else "No checkpoint was written yet."
+    return (
+        f"The last good checkpoint is {run_dir / f'checkpoint-{there[-1]}'}."
+        if there
+        else "No checkpoint was written yet."
+    )
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -108,7 +120,9 @@ def prune(run_dir: Path, keep_last: int, best: int | None) -> None:
     for step in steps(run_dir):
         if step not in keep:
             path = run_dir / f"checkpoint-{step}"
-            gone = run_dir / f".checkpoint-{step}.gone.partial"  # renamed first: a kill must not leave half a checkpoint
+            gone = (
+                run_dir / f".checkpoint-{step}.gone.partial"
+            )  # renamed first: a kill must not leave half a checkpoint
             path.rename(gone)
             shutil.rmtree(gone)
 

@@ -23,7 +23,16 @@ from inlay.train.batches import Example, digest, learned
 from inlay.train.checkpoint import Checkpoint
 from inlay.train.settings import TrainSettings, differences, identity, read_recipe, to_yaml
 
-OURS = ("settings.yaml", "environment.json", "data.json", "metrics.jsonl", "log.txt", "wandb.id", "tensorboard", "adapter")
+OURS = (
+    "settings.yaml",
+    "environment.json",
+    "data.json",
+    "metrics.jsonl",
+    "log.txt",
+    "wandb.id",
+    "tensorboard",
+    "adapter",
+)
 """What a run writes, besides its checkpoints."""
 PACKAGES = ("inlay", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "accelerate")
 
@@ -46,7 +55,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, overwrite: bool) -> Checkpoint | None:
-    """Make the folder ready and return the checkpoint to go on from, if any. Raises InlayError rather than mix two runs."""
+    """Make the folder ready; returns the checkpoint to go on from, if any. Raises InlayError if two runs would mix."""
     if resume and overwrite:
         raise InlayError("resume and overwrite exclude each other: go on, or begin again")
     checkpoint.clean(run_dir)
@@ -61,7 +70,9 @@ def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
             cure = "" if changed else "resume to go on with it, "
             raise InlayError(f"{run_dir} holds a run {what}: {cure}overwrite to replace it, or choose another folder")
     elif there:
-        raise InlayError(f"{run_dir} has no settings.yaml but {', '.join(there[:5])}; choose another folder, or overwrite these")
+        raise InlayError(
+            f"{run_dir} has no settings.yaml but {', '.join(there[:5])}; choose another folder, or overwrite these"
+        )
     found = _latest(run_dir, resume)
     if found is not None and (changed := differences(found.about["settings"], identity(settings))):
         raise InlayError(f"{found.path} was made under other settings: {'; '.join(changed)}")
@@ -96,7 +107,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": versions,
         "commit": _commit(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
@@ -109,8 +122,12 @@ def _commit() -> str | None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", str(here)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
         return head + ("+" if dirty.strip() else "")
     return None
 
@@ -121,7 +138,11 @@ def write_environment(run_dir: Path, device: torch.device, step: int) -> list[st
     sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
     now = environment(device)
     changed = differences({k: sessions[-1][k] for k in now}, now) if sessions else []
-    about = {"from_step": step, "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv}
+    about = {
+        "from_step": step,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
     write_json(path, {"sessions": [*sessions, {**about, **now}]})
     return changed
 

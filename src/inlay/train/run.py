@@ -1,4 +1,4 @@
-"""`train(settings)`: from a recipe to an adapter. Loads base and data, hangs the adapter, and lets `fit` do the rest."""
+"""`train(settings)`: from a recipe to an adapter. Loads base and data, hangs the adapter, lets `fit` do the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import InlayError
 from inlay.core.files import sha256
-from inlay.train.loop import RunResult, fit, seed_everything
+from inlay.train.fitting import RunResult, fit
+from inlay.train.loop import seed_everything
 from inlay.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwri
     """Train one adapter as the settings say and leave it in `<out>/adapter`.
 
     Args:
-        resume: True goes on from the last checkpoint in `settings.out`, or begins if there is none; a path names the checkpoint.
+        resume: True goes on from the last checkpoint in `settings.out`, or begins if there is none; a path names the
+            checkpoint.
         overwrite: replace the run in `settings.out`.
 
     Raises:
@@ -46,7 +48,16 @@ def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwri
     val_examples, _ = encode_all(val_records, tokenizer, protocol, cutoff) if val_records else ([], 0)
     facts = provenance(settings.data, protocol)
     return fit(
-        host, settings.name, examples, val_examples, settings, settings.out, tokenizer, resume=resume, overwrite=overwrite, facts=facts
+        host,
+        settings.name,
+        examples,
+        val_examples,
+        settings,
+        settings.out,
+        tokenizer,
+        resume=resume,
+        overwrite=overwrite,
+        facts=facts,
     )
 
 
@@ -90,10 +101,17 @@ def _files(paths: Sequence[Path | None]) -> list[dict[str, Any]]:
     found = []
     for path in (p for p in paths if p is not None):
         whole = path.is_file()
-        found.append({"path": str(path.resolve()), "sha256": sha256(path) if whole else None, "bytes": path.stat().st_size if whole else None})
+        found.append(
+            {
+                "path": str(path.resolve()),
+                "sha256": sha256(path) if whole else None,
+                "bytes": path.stat().st_size if whole else None,
+            }
+        )
     return found
 
 
 def leak_hint(note: str) -> str:
     """What is known of the overlap with test sets, and how to measure it."""
-    return f"{note + '. ' if note else ''}Not measured here: inlay.tasks.leaks.report(train, test) counts test questions in a training set"
+    told = "Not measured here: inlay.tasks.leaks.report(train, test) counts test questions in a training set"
+    return f"{note}. {told}" if note else told

@@ -38,7 +38,10 @@ def _number(value: Any) -> Any:
 Pairs = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*", metavar="NAME=VALUE ...", instance_from_str=_pairs, is_instance=lambda x: isinstance(x, dict),
+        nargs="*",
+        metavar="NAME=VALUE ...",
+        instance_from_str=_pairs,
+        is_instance=lambda x: isinstance(x, dict),
         str_from_instance=lambda d: [f"{k}={v}" for k, v in d.items()],
     ),
 ]
@@ -60,7 +63,7 @@ class DataSettings:
     limit: int | None = None
     """At most so many training records, drawn with the seed (of a generated task: how many are generated)."""
     protocol: str = "published"
-    """Prompt template and loss: `published` (LLM-Adapters' strings, loss on the prompt too) or `clean` (loss on the answer)."""
+    """Template and loss: `published` (LLM-Adapters' strings, loss on prompts too) or `clean` (loss on answers)."""
     cutoff: int = 256
     """Longest example in tokens; what is longer is cut, and counted in `data.json`."""
     group_by_length: bool = False
@@ -121,7 +124,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run, complete. As flags: `--model tiny-llama --method lora --settings rank=8 --lr 1e-3 --out runs/x`."""
+    """One training run, complete."""
 
     model: str
     """An embedded base, a folder or a Hub id."""
@@ -215,7 +218,9 @@ def read_plain(value: Any, cls: type[T], where: str = "") -> T:
         raise InlayError(f"{section} must be a mapping of settings, not {value!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if extra := [str(k) for k in value if k not in fields]:
-        raise InlayError(f"{section} has no {', '.join(map(repr, extra))}; known here: {', '.join(fields)}{_elsewhere(cls, extra)}")
+        raise InlayError(
+            f"{section} has no {', '.join(map(repr, extra))}; known here: {', '.join(fields)}{_elsewhere(cls, extra)}"
+        )
     needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in value]
     if needed:
         raise InlayError(f"{section} lacks {', '.join(needed)}")

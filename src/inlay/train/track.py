@@ -31,7 +31,9 @@ def _import(module: str, what: str, install: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise InlayError(f"logging to {what} needs a package that is not installed: pip install {install} (or loggers: none)") from e
+        raise InlayError(
+            f"logging to {what} needs a package that is not installed: pip install {install} (or loggers: none)"
+        ) from e
 
 
 class TensorBoard:
@@ -57,7 +59,11 @@ class Wandb:
         file = run_dir / "wandb.id"
         before = file.read_text().strip() if step and file.exists() else None
         self.run = module.init(
-            project=settings.run.project, name=run_dir.name, dir=str(run_dir), config=to_plain(settings), id=before,
+            project=settings.run.project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=to_plain(settings),
+            id=before,
             resume="must" if before else None,
         )
         file.write_text(f"{self.run.id}\n")
@@ -88,7 +94,7 @@ TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": Wandb, "tracki
 
 
 def trackers(run_dir: Path, settings: TrainSettings, step: int) -> list[Tracker]:
-    """The trackers that the settings ask for; `step` is where a resumed run goes on. Raises InlayError for a missing package."""
+    """The trackers asked for; `step` is where a resumed run goes on. Raises InlayError for a missing package."""
     return [TRACKERS[name](run_dir, settings, step) for name in chosen(settings.run)]
 
 
@@ -104,7 +110,7 @@ def chosen(run: RunSettings) -> list[str]:
 
 
 class Journal:
-    """`metrics.jsonl`, one line a step, and `log.txt`, sentences for people. A resumed run forgets what it will redo."""
+    """`metrics.jsonl`, one line a step, and `log.txt`, sentences. A resumed run forgets what it will redo."""
 
     def __init__(self, run_dir: Path, step: int):
         self.path = run_dir / "metrics.jsonl"
