@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real data files, which is no part of the repository; a test that needs it is skipped without it."""
+    """The folder with real files, no part of the repository; a test that needs it is skipped without it."""
     path = ROOT.parent / "shared"
     if not path.is_dir():
         pytest.skip("no folder ../shared with real files beside the repository")

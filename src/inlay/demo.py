@@ -1,4 +1,4 @@
-"""The demonstration: four adapters on the embedded base, before and after on held-out questions, then all in one batch."""
+"""The demonstration: four adapters on the embedded base, before and after on held-out questions; all in one batch."""
 
 from __future__ import annotations
 
@@ -97,10 +97,13 @@ def demo(
     total = sum(p.numel() for p in frozen.parameters())
     host = attach(frozen)
     train, test = load(task, "train", limit=records, seed=seed), load(task, "test", limit=questions, seed=seed)
-    say(f"base {model}: {total:,} frozen parameters; task {task}: {len(train)} training records, {len(test)} held-out questions")
+    say(f"base {model}: {total:,} frozen parameters")
+    say(f"task {task}: {len(train):,} training records, {len(test)} held-out questions")
     before = judge(host, tokenizer, task, test, [None], progress)[None]
     say(f"before: the bare base answers {sum(ok for ok, _ in before)} of {len(test)}")
-    seconds = {arm.name: fit_arm(host, tokenizer, arm, train, out, steps, batch_size, seed, say, progress) for arm in ARMS}
+    seconds = {}
+    for arm in ARMS:
+        seconds[arm.name] = fit_arm(host, tokenizer, arm, train, out, steps, batch_size, seed, say, progress)
     after = judge(host, tokenizer, task, test, [arm.name for arm in ARMS], progress)
     rows = [Row("bare base", "", 0, 0.0, sum(ok for ok, _ in before), len(test), 0.0)]
     for arm in ARMS:
@@ -111,7 +114,8 @@ def demo(
     i = telling(before, after)
     everyone: list[str | None] = [None, *(arm.name for arm in ARMS)]
     said = mixed(host, tokenizer, test[i], everyone)
-    return Result(task, tuple(rows), test[i].instruction, test[i].answer, {name or "bare base": text for name, text in said.items()})
+    spoken = {name or "bare base": text for name, text in said.items()}
+    return Result(task, tuple(rows), test[i].instruction, test[i].answer, spoken)
 
 
 def fit_arm(
@@ -128,7 +132,7 @@ def fit_arm(
     say(f"training {arm.name}: {host.count(arm.name):,} parameters, {steps} steps of {batch_size}")
     examples, _ = encode_all(list(train), tokenizer, CLEAN, 256)
     settings = TrainSettings(
-        model=host.model.config._name_or_path or "base",  # type: ignore[union-attr]
+        model=str(getattr(host.model.config, "_name_or_path", "") or "base"),
         method=arm.method,
         settings=arm.settings,
         name=arm.name,

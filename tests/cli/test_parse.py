@@ -87,7 +87,9 @@ def test_flags_equal_recipe(recipe):
         "model: m\nmethod: prefix\nsettings: {tokens: 5}\nout: o\nat: k,v@0-1\n"
         "data: {train_file: a.json, protocol: clean}\nrun: {loggers: [none]}\n"
     )
-    argv = "--model m --method prefix --tokens 5 --out o --at k,v@0-1 --train-file a.json --protocol clean --loggers none"
+    argv = (
+        "--model m --method prefix --tokens 5 --out o --at k,v@0-1 --train-file a.json --protocol clean --loggers none"
+    )
     assert read(verb("train"), ["--recipe", str(file)]) == read(verb("train"), argv.split())
 
 
@@ -114,7 +116,9 @@ def test_mistakes_exit_with_2_and_one_message(argv, said, inlay_):
     assert err.startswith("error: ") and re.search(said, err), err
 
 
-@pytest.mark.parametrize("argv", [["plan"], ["plan", "gpt2", "--rank", "x"], ["score", "--task", "svamp"], ["plan", "gpt2", "--rank"]])
+@pytest.mark.parametrize(
+    "argv", [["plan"], ["plan", "gpt2", "--rank", "x"], ["score", "--task", "svamp"], ["plan", "gpt2", "--rank"]]
+)
 def test_missing_and_mistyped_flags_exit_with_2(argv, inlay_):
     code, out, err = inlay_(*argv)
     assert code == 2 and out == "" and err and "Traceback" not in err

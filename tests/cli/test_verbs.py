@@ -95,17 +95,45 @@ def test_chat_answers_a_prompt(base_folder, adapters, inlay_):
 
 def test_chat_side_by_side(base_folder, adapters, inlay_):
     code, out, _ = inlay_(
-        "chat", base_folder, "--adapters", *adapters.values(), "--prompt", "Hello", "--side-by-side", "--max-new-tokens", 6
+        "chat",
+        base_folder,
+        "--adapters",
+        *adapters.values(),
+        "--prompt",
+        "Hello",
+        "--side-by-side",
+        "--max-new-tokens",
+        6,
     )
     assert code == 0 and all(name in out for name in ("bare", *adapters))
 
 
 def test_a_conversation(base_folder, adapters, inlay_, monkeypatch, capsys):
-    lines = iter(["/adapters", "/use series", "hi", "/use lora+series", "/all hi", "/use nobody", "/fly", f"/load {adapters['prefix']}", "/quit"])
+    lines = iter(
+        [
+            "/adapters",
+            "/use series",
+            "hi",
+            "/use lora+series",
+            "/all hi",
+            "/use nobody",
+            "/fly",
+            f"/load {adapters['prefix']}",
+            "/quit",
+        ]
+    )
     monkeypatch.setattr("rich.console.Console.input", lambda *a, **k: next(lines))
-    code, out, _ = inlay_("chat", base_folder, "--adapters", adapters["lora"], adapters["series"], "--max-new-tokens", 4)
+    code, out, _ = inlay_(
+        "chat", base_folder, "--adapters", adapters["lora"], adapters["series"], "--max-new-tokens", 4
+    )
     assert code == 0
-    for said in ("lora: lora", "bare: the base alone", "unknown adapter 'nobody'", "/fly is no command", "hung as prefix"):
+    for said in (
+        "lora: lora",
+        "bare: the base alone",
+        "unknown adapter 'nobody'",
+        "/fly is no command",
+        "hung as prefix",
+    ):
         assert said in out, out
 
 
@@ -167,7 +195,8 @@ def test_train_then_evaluate(base_folder, records, tmp_path, inlay_):
 def test_a_recipe_trains(base_folder, records, tmp_path, inlay_):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"model: {base_folder}\nmethod: series\nsettings: {{size: 4}}\ndata: {{train_file: {records}, protocol: clean}}\n"
+        f"model: {base_folder}\nmethod: series\nsettings: {{size: 4}}\n"
+        f"data: {{train_file: {records}, protocol: clean}}\n"
         f"optim: {{steps: 2, batch_size: 2, micro_batch: 2}}\nrun: {{loggers: [none], progress: false, device: cpu}}\n"
     )
     assert inlay_("train", "--recipe", recipe, "--out", tmp_path / "run")[0] == 0

@@ -57,7 +57,9 @@ def test_activations_are_near_what_is_kept(family, dtype):
     host = attached(family, dtype)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     for method in METHODS:
-        at = {"lora": "q,v", "series": "o", "parallel": "q,v", "ia3": "k,v"}.get(method) if family == "mixtral" else None
+        at = (
+            {"lora": "q,v", "series": "o", "parallel": "q,v", "ia3": "k,v"}.get(method) if family == "mixtral" else None
+        )
         row = inlay.method(method)
         host.add(method, row.make(), at=at or row.places)
         want = kept(host, method)
@@ -87,7 +89,9 @@ def test_nothing_is_kept_below_the_first_adapter():
 def test_weights_by_dtype():
     host = attached("llama", torch.float32)
     total = sum(p.numel() for p in host.model.parameters())
-    linears = sum(m.weight.numel() for p, m in host.model.named_modules() if hasattr(m, "in_features") and p != "lm_head")
+    linears = sum(
+        m.weight.numel() for p, m in host.model.named_modules() if hasattr(m, "in_features") and p != "lm_head"
+    )
     host.add("lora", inlay.method("lora").make())
     assert weight_bytes(host, "fp32") == 4 * total
     assert weight_bytes(host, "bf16") == 2 * total

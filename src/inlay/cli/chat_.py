@@ -155,7 +155,8 @@ class Chat:
         from inlay.evaluate import GenerateSettings, generate
 
         plan: list[str | None] = [None, *self.host.edits]
-        settings = GenerateSettings(max_new_tokens=self.s.max_new_tokens, temperature=self.s.temperature, seed=self.s.seed)
+        most, heat = self.s.max_new_tokens, self.s.temperature
+        settings = GenerateSettings(max_new_tokens=most, temperature=heat, seed=self.s.seed)
         said = generate(self.host, self.tokenizer, [self.prompt(text)] * len(plan), plan, settings)
         table = Table(show_header=False, box=None, padding=(0, 2))
         for name, one in zip(plan, said, strict=True):
@@ -201,7 +202,8 @@ class Chat:
         elif command == "/load" and rest:
             self.out.print(f"hung as {self.load(Path(rest))}", markup=False)
         else:
-            raise InlayError(f"{command} {'needs more' if command in ('/use', '/all', '/load') else 'is no command'}; /help lists them")
+            known = command in ("/use", "/all", "/load")
+            raise InlayError(f"{command} {'needs more' if known else 'is no command'}; /help lists them")
 
 
 VERB = Verb(

@@ -57,8 +57,8 @@ def run(s: ConvertSettings) -> None:
             out.print(f"[yellow]note:[/] {escape(note)}")
         if s.to == "vllm":
             out.print(f"rank {written.rank}, largest relative error {written.error:.2e}")
-    count = host.count(name)
-    out.print(f"{kind} -> {s.to}: {host.edits[name].kind}, {count:,} parameters, in {escape(str(s.target))}", soft_wrap=True)
+    what = f"{host.edits[name].kind}, {host.count(name):,} parameters"
+    out.print(f"{kind} -> {s.to}: {what}, in {escape(str(s.target))}", soft_wrap=True)
 
 
 VERB = Verb(

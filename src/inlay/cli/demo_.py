@@ -67,8 +67,8 @@ def show(result: Result, s: DemoSettings, seconds: float) -> None:
 
     out = Console(highlight=False)
     table = Table(title=f"{result.task}: held-out questions answered right", title_justify="left")
-    for title, side in (("", "left"), ("at", "left"), ("trained", "right"), ("%", "right"), ("right", "right"), ("seconds", "right")):
-        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for title in ("", "at", "trained", "%", "right", "seconds"):
+        table.add_column(title, justify="left" if title in ("", "at") else "right")
     for row in result.rows:
         share = f"{row.percent:.2f}" if row.parameters else ""
         took = f"{row.seconds:.0f}" if row.parameters else ""
@@ -83,7 +83,8 @@ def show(result: Result, s: DemoSettings, seconds: float) -> None:
     out.print(mix)
     names = " ".join(str(s.out / row.name / "adapter") for row in result.rows if row.parameters)
     out.print(f"\n[dim]{seconds:.0f} seconds. Go on with:[/]")
-    out.print(f"  inlay chat {s.model} --adapters {names}\n  inlay inspect {s.out / 'lora' / 'adapter'}", soft_wrap=True)
+    out.print(f"  inlay chat {s.model} --adapters {names}", soft_wrap=True)
+    out.print(f"  inlay inspect {s.out / 'lora' / 'adapter'}", soft_wrap=True)
 
 
 VERB = Verb(

@@ -27,7 +27,7 @@ VERB = Verb(
     run,
     (
         "inlay eval --model tiny-llama --adapters runs/lora/adapter --bare --tasks world-arith --limit 100",
-        "inlay eval --model llama-dir --adapters runs/math/adapter --tasks math --data data/llm_adapters --protocol published",
+        "inlay eval --model llama-dir --adapters runs/math/adapter --data llm_adapters --protocol published",
         "inlay eval --model tiny-llama --adapters runs/choice/adapter --tasks world-boolq --how options",
     ),
 )

@@ -83,7 +83,10 @@ def _foreign(folder: Path, kind: str) -> dict[str, Any]:
         "settings": {k: v for k, v in (inner or {}).items() if v not in (None, [], {}, "")},
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": _bytes(tensors),
-        "base": {"name": config.get("base_model_name_or_path") or config.get("model_name"), "family": config.get("model_type")},
+        "base": {
+            "name": config.get("base_model_name_or_path") or config.get("model_name"),
+            "family": config.get("model_type"),
+        },
         "places": config.get("target_modules"),
         "tensors": {k: list(v.shape) for k, v in tensors.items()},
         "integrity": "readable; this format carries no digest",
@@ -143,8 +146,16 @@ def model(name: str) -> dict[str, Any]:
             continue
         d_in, d_out = widths(base.get_submodule(spot.path), hidden)
         d_out = spot.part.width(d_out) if spot.part else d_out
-        roles[spot.role] = {"places": 1, "in": d_in, "out": d_out, "example": spot.path, "part_of_fused": spot.part is not None}
-    return {"model": name, "family": parts.family, "layers": parts.layers, "hidden": hidden, "parameters": parameters(base), "roles": roles}
+        fused = spot.part is not None
+        roles[spot.role] = {"places": 1, "in": d_in, "out": d_out, "example": spot.path, "part_of_fused": fused}
+    return {
+        "model": name,
+        "family": parts.family,
+        "layers": parts.layers,
+        "hidden": hidden,
+        "parameters": parameters(base),
+        "roles": roles,
+    }
 
 
 def show_model(found: dict[str, Any]) -> None:
@@ -162,8 +173,8 @@ def show_model(found: dict[str, Any]) -> None:
     for title, side in (("role", "left"), ("places", "right"), ("in", "right"), ("out", "right"), ("first", "left")):
         table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
     for role, at in found["roles"].items():
-        note = ", a part of it" if at["part_of_fused"] else ""
-        table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", escape(at["example"]) + f"[dim]{note}[/]")
+        where = escape(at["example"]) + ("[dim], a part of it[/]" if at["part_of_fused"] else "")
+        table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", where)
     out.print(table)
     last = found["layers"] - 1
     out.print(
@@ -172,13 +183,15 @@ def show_model(found: dict[str, Any]) -> None:
   q,v                  every layer's q and v
   down@0-{last // 2:<14}layers 0 to {last // 2}; also @{last}, @last2, @first1+last1
   o:parallel           from its input to its output; also :input, :output (= :series)
-  *.{_last(found)}{" " * max(1, 19 - len(_last(found)))}every module of that name; `linear` is every linear of the blocks""",
+  {"*." + _last(found):<20} every module of that name; `linear` is every linear of the blocks""",
         soft_wrap=True,
     )
 
 
 def _last(found: dict[str, Any]) -> str:
-    return str(next(at["example"].split(".")[-1] for role, at in found["roles"].items() if role in ("o", "down", "attn")))
+    roles = found["roles"]
+    role = next(r for r in ("o", "down", "attn", *roles) if r in roles)
+    return str(roles[role]["example"].split(".")[-1])
 
 
 VERB = Verb(

@@ -24,7 +24,7 @@ class MergeSettings:
     model: str | None = None
     """The base: a folder, a Hub id or an embedded base (default: the one that the adapter names)."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of the merged weights (as the base is stored, if not given). Merging is computed in fp32 and rounded once."""
+    """Type of the merged weights (as stored, if not given). Merging is computed in fp32 and rounded once."""
 
 
 def run(s: MergeSettings) -> None:
@@ -53,8 +53,12 @@ def run(s: MergeSettings) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
     out = Console(highlight=False)
-    out.print(f"{kind} merged into {len(report.modules)} layers of {escape(base)}: {escape(str(s.out))}", soft_wrap=True)
-    out.print(f"rounding {report.rounding:.1e} of the largest weight, logits within {report.deviation:.1e} (largest {report.logits:.1f})")
+    into = f"{len(report.modules)} layers of {escape(base)}"
+    out.print(f"{kind} merged into {into}: {escape(str(s.out))}", soft_wrap=True)
+    out.print(f"weights rounded once: by at most {report.rounding:.1e} of the largest weight")
+    out.print(
+        f"logits within {report.deviation:.1e} of the adapter's, on random ids (largest logit {report.logits:.1f})"
+    )
     if report.untied:
         out.print("[yellow]note:[/] embedding and head were tied and had to part")
 

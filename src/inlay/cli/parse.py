@@ -12,7 +12,7 @@ import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 import yaml
@@ -45,7 +45,7 @@ def read(verb: Verb, argv: Sequence[str]) -> Any:
         _refuse_unknown(argv, leaves, method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a recipe's plain values stand in as defaults; read_plain types them below
-        values = tyro.cli(
+        values: Any = tyro.cli(
             flags,
             args=argv,
             prog=f"inlay {verb.name}",
@@ -64,7 +64,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not file.is_file():
         known = shipped()
         if path not in known:
-            raise InlayError(f"there is no recipe {path!r}; give a YAML file, or one that comes along: {', '.join(known)}")
+            names = ", ".join(known)
+            raise InlayError(f"there is no recipe {path!r}; give a YAML file, or one that comes along: {names}")
         file = known[path]
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -122,7 +123,7 @@ def flag_class(verb: Verb, method: Any, recipe: Mapping[str, Any]) -> tuple[type
             continue
         if dataclasses.is_dataclass(hint):
             leaves += [Leaf(f.name, field.name, f.name) for f in dataclasses.fields(hint)]
-            made.append((field.name, hint, dataclasses.field(default_factory=hint)))
+            made.append((field.name, hint, dataclasses.field(default_factory=cast(Any, hint))))
             continue
         positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
         leaves.append(Leaf(field.name, "", field.name, positional))
@@ -151,7 +152,7 @@ def _field(default: Any) -> Any:
 
 
 def _method_class(method: Any, taken: set[str], title: str) -> tuple[type, list[Leaf]]:
-    """A method's settings as flags, with the defaults of its row; a name the verb already has becomes `--method-<name>`."""
+    """A method's settings as flags, with its row's defaults; a name the verb has already becomes `--method-<name>`."""
     hints = typing.get_type_hints(method.edit, include_extras=True)
     docs = field_docs(method.edit)
     start = method.make()

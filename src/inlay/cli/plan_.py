@@ -80,7 +80,9 @@ def show(p: Plan) -> None:
     counts.add_row("[bold]all[/]", f"[bold]{p.places:,}[/]", f"[bold green]{p.trainable:,}[/]")
     out.print(counts)
     out.print(f"\n{p.percent:.3f} % of {p.total + p.trainable:,} (base {p.total:,}); file {size(p.file_bytes)} in fp32")
-    memory = Table(title="training memory, an estimate", title_justify="left", box=None, padding=(0, 2), show_header=False)
+    memory = Table(
+        box=None, padding=(0, 2), show_header=False, title="training memory, an estimate", title_justify="left"
+    )
     memory.add_column(justify="left")
     memory.add_column(justify="right")
     m = p.memory

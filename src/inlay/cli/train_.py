@@ -32,7 +32,9 @@ def run(s: TrainFlags) -> None:
     settings = TrainSettings(**{f.name: getattr(s, f.name) for f in dataclasses.fields(TrainSettings)})
     result = train(settings, resume=s.resume, overwrite=s.overwrite)
     out = Console(highlight=False)
-    best = f", best validation loss {result.val_loss:.4f} at step {result.best_step}" if result.val_loss is not None else ""
+    best = (
+        f"; best validation loss {result.val_loss:.4f}, step {result.best_step}" if result.val_loss is not None else ""
+    )
     out.print(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; loss {result.loss:.4f}{best}")
     out.print(f"adapter ({result.final}): [bold]{escape(str(result.adapter))}[/]", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Shapes of well-known decoders, so that they can be counted without a network: their public `config.json`, in a row each.
+"""Shapes of well-known decoders, to count them without a network: their public `config.json`, in a row each.
 
 Every row carries the total that its authors publish; tests build the model on the meta device and compare.
 """
@@ -22,11 +22,19 @@ class Shape:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _llama(total: int, hub: str, vocab: int, width: int, mlp: int, layers: int, heads: int, kv: int = 0, **more: Any) -> Shape:
+def _llama(
+    total: int, hub: str, vocab: int, width: int, mlp: int, layers: int, heads: int, kv: int = 0, **more: Any
+) -> Shape:
     kind = more.pop("model_type", "llama")
     config = {
-        "vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv or heads, "tie_word_embeddings": False, **more,
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv or heads,
+        "tie_word_embeddings": False,
+        **more,
     }
     return Shape(kind, total, hub, config)
 
@@ -38,8 +46,12 @@ def _bloom(total: int, size: str, width: int, layers: int, heads: int) -> Shape:
 
 def _neox(total: int, hub: str, vocab: int, width: int, layers: int, heads: int) -> Shape:
     config = {
-        "vocab_size": vocab, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "tie_word_embeddings": False,
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": False,
     }
     return Shape("gpt_neox", total, hub, config)
 
@@ -50,8 +62,13 @@ def _gpt2(total: int, hub: str, width: int, layers: int, heads: int) -> Shape:
 
 def _opt(total: int, size: str, width: int, layers: int, heads: int, **more: Any) -> Shape:
     config = {
-        "vocab_size": 50272, "hidden_size": width, "ffn_dim": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "word_embed_proj_dim": width, **more,
+        "vocab_size": 50272,
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "word_embed_proj_dim": width,
+        **more,
     }
     return Shape("opt", total, f"facebook/opt-{size}", config)
 
@@ -62,7 +79,9 @@ def _qwen2(total: int, size: str, *shape: int, tied: bool = False) -> Shape:
 
 
 def _qwen3(total: int, size: str, *shape: int, tied: bool = False) -> Shape:
-    return _llama(total, f"Qwen/Qwen3-{size}", 151936, *shape, model_type="qwen3", head_dim=128, tie_word_embeddings=tied)
+    return _llama(
+        total, f"Qwen/Qwen3-{size}", 151936, *shape, model_type="qwen3", head_dim=128, tie_word_embeddings=tied
+    )
 
 
 def _gemma(total: int, hub: str, *shape: int, model_type: str = "gemma") -> Shape:
@@ -92,11 +111,21 @@ SHAPES: dict[str, Shape] = {
         3_212_749_824, "meta-llama/Llama-3.2-3B", 128256, 3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True
     ),
     "tinyllama-1.1b": _llama(1_100_048_384, "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 32000, 2048, 5632, 22, 32, 4),
-    "smollm2-135m": _llama(134_515_008, "HuggingFaceTB/SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
-    "smollm2-360m": _llama(361_821_120, "HuggingFaceTB/SmolLM2-360M", 49152, 960, 2560, 32, 15, 5, tie_word_embeddings=True),
-    "smollm2-1.7b": _llama(1_711_376_384, "HuggingFaceTB/SmolLM2-1.7B", 49152, 2048, 8192, 24, 32, tie_word_embeddings=True),
-    "mistral-7b": _llama(7_241_732_096, "mistralai/Mistral-7B-v0.1", 32000, 4096, 14336, 32, 32, 8, model_type="mistral"),
-    "mistral-7b-v0.3": _llama(7_248_023_552, "mistralai/Mistral-7B-v0.3", 32768, 4096, 14336, 32, 32, 8, model_type="mistral"),
+    "smollm2-135m": _llama(
+        134_515_008, "HuggingFaceTB/SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True
+    ),
+    "smollm2-360m": _llama(
+        361_821_120, "HuggingFaceTB/SmolLM2-360M", 49152, 960, 2560, 32, 15, 5, tie_word_embeddings=True
+    ),
+    "smollm2-1.7b": _llama(
+        1_711_376_384, "HuggingFaceTB/SmolLM2-1.7B", 49152, 2048, 8192, 24, 32, tie_word_embeddings=True
+    ),
+    "mistral-7b": _llama(
+        7_241_732_096, "mistralai/Mistral-7B-v0.1", 32000, 4096, 14336, 32, 32, 8, model_type="mistral"
+    ),
+    "mistral-7b-v0.3": _llama(
+        7_248_023_552, "mistralai/Mistral-7B-v0.3", 32768, 4096, 14336, 32, 32, 8, model_type="mistral"
+    ),
     "qwen2.5-0.5b": _qwen2(494_032_768, "0.5B", 896, 4864, 24, 14, 2, tied=True),
     "qwen2.5-1.5b": _qwen2(1_543_714_304, "1.5B", 1536, 8960, 28, 12, 2, tied=True),
     "qwen2.5-3b": _qwen2(3_085_938_688, "3B", 2048, 11008, 36, 16, 2, tied=True),
@@ -115,7 +144,8 @@ SHAPES: dict[str, Shape] = {
     "gemma-2-2b": _gemma(2_614_341_888, "google/gemma-2-2b", 2304, 9216, 26, 8, 4, model_type="gemma2"),
     "gemma-2-9b": _gemma(9_241_705_984, "google/gemma-2-9b", 3584, 14336, 42, 16, 8, model_type="gemma2"),
     "phi-3-mini": _llama(
-        3_821_079_552, "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, model_type="phi3", pad_token_id=32000
+        3_821_079_552, "microsoft/Phi-3-mini-4k-instruct", 32064, 3072, 8192, 32, 32, model_type="phi3",
+        pad_token_id=32000
     ),
     "phi-3-medium": _llama(
         13_960_238_080, "microsoft/Phi-3-medium-4k-instruct", 32064, 5120, 17920, 40, 40, 10, model_type="phi3",
@@ -123,7 +153,8 @@ SHAPES: dict[str, Shape] = {
     ),
     "gpt-j-6b": Shape(
         "gptj", 6_050_882_784, "EleutherAI/gpt-j-6b",
-        {"vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "tie_word_embeddings": False},
+        {"vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64,
+        "tie_word_embeddings": False},
     ),
     "bloom-560m": _bloom(559_214_592, "560m", 1024, 24, 16),
     "bloom-1b1": _bloom(1_065_314_304, "1b1", 1536, 24, 16),
@@ -154,7 +185,8 @@ SHAPES: dict[str, Shape] = {
         "falcon", 6_921_720_704, "tiiuae/falcon-7b",
         {
             "vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
-            "multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False, "alibi": False,
+            "multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False,
+            "alibi": False,
         },
     ),
     "falcon-40b": Shape(
@@ -178,7 +210,8 @@ SHAPES: dict[str, Shape] = {
 ALIASES = {
     "bloomz-7b": "bloom-7b1", "bloomz-7b1": "bloom-7b1", "bloom-7b": "bloom-7b1", "bloomz-560m": "bloom-560m",
     "bloomz-1b1": "bloom-1b1", "bloomz-1b7": "bloom-1b7", "bloomz-3b": "bloom-3b", "bigscience/bloomz-7b1": "bloom-7b1",
-    "gptj-6b": "gpt-j-6b", "gpt-j": "gpt-j-6b", "gptj": "gpt-j-6b", "llama-1b": "llama-3.2-1b", "llama-3b": "llama-3.2-3b",
+    "gptj-6b": "gpt-j-6b", "gpt-j": "gpt-j-6b", "gptj": "gpt-j-6b", "llama-1b": "llama-3.2-1b",
+    "llama-3b": "llama-3.2-3b",
     "llama-8b": "llama-3.1-8b", "llama-33b": "llama-30b", "mistral": "mistral-7b", "mixtral": "mixtral-8x7b",
     "phi-3": "phi-3-mini", "phi3-mini": "phi-3-mini", "gpt2-small": "gpt2", "olmoe-1b-7b": "olmoe",
     "yahma/llama-7b-hf": "llama-7b", "yahma/llama-13b-hf": "llama-13b", "llama-3.1-8b-instruct": "llama-3.1-8b",

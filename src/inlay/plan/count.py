@@ -65,7 +65,8 @@ def plan(
     """Count an adapter before training it.
 
     Args:
-        model: a folder with `config.json`, a Hub id, an embedded base, or a known shape (`llama-7b`; see `inlay.models.shapes`).
+        model: a folder with `config.json`, a Hub id, an embedded base, or a known shape (`llama-7b`; see
+            `inlay.models.shapes`).
         method: a name in `inlay.METHODS`.
         at: a placement; the method's own by default.
         settings: settings of the method over its defaults.
@@ -133,7 +134,7 @@ def hints(host: Host, at: str) -> list[str]:
     for fused, parts in (("qkv", {"q", "k", "v"}), ("gate_up", {"gate", "up"})):
         if fused in host.anatomy.roles and parts <= asked:
             found.append(
-                f"{host.anatomy.family} fuses {', '.join(sorted(parts))} into one linear: each part has its own adapter here; "
-                f"ask for `{fused}` to hang one on the whole (published counts of such models usually do)"
+                f"{host.anatomy.family} fuses {', '.join(sorted(parts))} into one linear; each part has an adapter "
+                f"here; ask for `{fused}` to hang one on the whole (published counts of such models usually do)"
             )
     return found

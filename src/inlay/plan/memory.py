@@ -1,4 +1,4 @@
-"""An estimate of training memory: what must be there, by formula. Derived and compared with real counts in docs/plan.md."""
+"""An estimate of training memory, by formula; docs/plan.md has the formula and compares it with real counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inlay.core.host import Host
 from inlay.core.place import Place, Spot, widths
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "nf4": 0.5625}
-"""Bytes per weight; nf4 counts one fp32 scale per 64 weights. int8 and nf4 apply to linears inside blocks, the rest is bf16."""
+"""Bytes per weight; nf4 counts one fp32 scale per 64. int8 and nf4 apply to linears inside blocks, the rest is bf16."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def weight_bytes(host: Host, dtype: str) -> int:
 
 
 def per_token(host: Host, name: str, b: int, checkpointing: bool) -> int:
-    """Bytes that autograd keeps per token: blocks from the first adapted one on, or their inputs and one block at a time."""
+    """Bytes that autograd keeps per token: blocks from the first adapted one on, or their inputs and one block."""
     by_layer: dict[int, int] = {}
     first = host.anatomy.layers
     for site in host.sites.values():
@@ -111,7 +111,7 @@ def _adapter_bytes(host: Host, name: str, place: Place) -> int:
 
 
 def _block_bytes(host: Host, b: int) -> int:
-    """One frozen block: norms, the tensors of fused attention, and the MLP's non-linearity; no linear keeps its input."""
+    """One frozen block: norms, fused attention, the MLP's non-linearity; no linear keeps its input."""
     h, w = host.hidden, _widths(host)
     norms = [s for s in host.anatomy.spots if s.role == "norm" and s.layer == 0]
     rms = "RMS" in type(host.model.get_submodule(norms[0].path)).__name__ if norms else False
