@@ -13,9 +13,21 @@ _HOME = {
     "load_base": "inlay.models.base",
     "InlayError": "inlay.core.errors",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "METHODS",
+    "InlayError",
+    "__version__",
+    "attach",
+    "host_of",
+    "load",
+    "load_base",
+    "merge",
+    "merged",
+    "method",
+    "save",
+]
 
-if TYPE_CHECKING:  # ruff: noqa: F401
+if TYPE_CHECKING:
     from inlay.api import attach, host_of, load, merge, merged, save
     from inlay.core.errors import InlayError
     from inlay.methods import METHODS, method

@@ -185,3 +185,24 @@ def test_counting_on_meta_reads_no_weights():
                 host.add(name, small(name), at=places(name, family))
             assert real.count(name) == shapes.count(name)
             assert all(t.is_meta for t in shapes.tensors(name).values())
+
+
+def test_a_plan_made_while_evaluating_trains():
+    host = host_with("lora", "series")
+    host.use("lora", "series", None)
+    with torch.inference_mode():
+        host.model(**batch())
+        host.use("series", "lora", None)
+    host.model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in host.parameters())
+
+
+def test_adapters_may_be_called_what_modules_have_as_attributes():
+    host = inlay.attach(base("llama"))
+    for name in ("half", "train", "eval", "keys", "type", "forward", "training", "wear"):
+        host.add(name, small("lora"), seed=0)
+    excite(host)
+    assert torch.equal(logits(host, "train", "half", "keys", **batch())[1], logits(host, "half", **batch())[1])
+    for name in list(host.edits):
+        host.remove(name)
+    assert not any("inlay" in n for n, _ in host.model.named_modules())

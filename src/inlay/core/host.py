@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,16 @@ class Host:
             rounding). Adapters are stored in float32 either way.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, strategy: str = "gather", fast: bool = False):
+    def __init__(self, model: Any, anatomy: Anatomy, strategy: str = "gather", fast: bool = False):
         if strategy not in STRATEGIES:
             raise unknown("strategy", strategy, STRATEGIES)
         if isinstance(getattr(model, "_inlay_host", None), Host):
             raise InlayError("this model already has a host; use inlay.host_of(model), or detach it first")
-        self.model, self.anatomy, self.strategy, self.fast = model, anatomy, strategy, fast
-        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.model = model
+        self.anatomy, self.strategy, self.fast = anatomy, strategy, fast
+        config = (
+            self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
+        )
         self.hidden: int = config.hidden_size
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self.edits: dict[str, Edit] = {}
@@ -252,7 +256,7 @@ class Host:
 
     @torch.no_grad()
     def fill(self, name: str, values: Mapping[str, Tensor]) -> Host:
-        """Set an adapter's tensors; what is missing, left over or of another shape is an error, and nothing is changed."""
+        """Set an adapter's tensors; one missing, left over or of another shape is an error and changes nothing."""
         mine = self.tensors(name)
         problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [
             f"unexpected {k}" for k in values.keys() - mine.keys()
@@ -304,8 +308,9 @@ class Host:
         return (), kwargs
 
     def _routed(self, batch: int) -> tuple[Route, room.Room | None]:
-        made = route(self.plan, list(self.edits), batch, self.device)
-        return made, room.plan_room(spread(self.plan, batch), self.edits, self.device)
+        with torch.inference_mode(False):  # a plan made while evaluating may be trained under later
+            made = route(self.plan, list(self.edits), batch, self.device)
+            return made, room.plan_room(spread(self.plan, batch), self.edits, self.device)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, out):
         self._depth -= 1

@@ -112,7 +112,8 @@ def _untie(host: Host, new: dict[str, Tensor]) -> bool:
 
 
 def _call(host: Host, name: str, site: Site, f: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Tensor], Call]:
-    place = replace(site.places[name], f=(lambda x: site.spot.part.get(f(x))) if site.spot.part else f)
+    part = site.spot.part
+    place = replace(site.places[name], f=(lambda x: part.get(f(x))) if part else f)
     w = {k: v.float() if v.is_floating_point() else v for k, v in site.tensors(name).items()}
     return host.edits[name], w, Call(place)
 
@@ -157,7 +158,7 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
     return {"weight": wide if transposed else wide.T, **({"bias": bias} if b is not None else {})}
 
 
-def frozen(host: Host, layer: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
+def frozen(host: Host, layer: Any) -> tuple[Tensor, Tensor | None, bool]:
     """(W (D_out, D_in), bias, whether W is stored transposed), in float32; a quantised layer is asked, not read."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     transposed = hasattr(layer, "nf")
@@ -165,14 +166,14 @@ def frozen(host: Host, layer: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and type(weight.data) is Tensor:
         W = weight.detach().float()
         return (W.T if transposed else W), b, transposed
-    eye = torch.eye(layer.in_features, device=host.device, dtype=host.dtype)  # type: ignore[arg-type]
+    eye = torch.eye(layer.in_features, device=host.device, dtype=host.dtype)
     zero = layer.forward(eye.new_zeros(1, len(eye))).float()
     return (layer.forward(eye).float() - zero).T, b, transposed
 
 
 def _table(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
     """Some decoders (Gemma) scale inside the embedding: what is said is a multiple of the table."""
-    layer = sites[0].layer
+    layer: Any = sites[0].layer
     table = layer.weight.detach().float()
     ids = torch.arange(len(table), device=table.device)[None]
     some = layer.forward(ids[:, :64]).float()
@@ -184,7 +185,7 @@ def _table(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Ten
 
 def _norm(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
     """A norm says g * n(x) + b; x = (1, -1, 1, -1, ...) is its own normalisation and shows g as it is applied."""
-    layer = sites[0].layer
+    layer: Any = sites[0].layer
     if set(dict(layer.named_parameters(recurse=False))) - {"weight", "bias"}:
         raise InlayError(f"{path!r} is a norm of a kind that cannot be merged into")
     g = layer.weight.detach().float()

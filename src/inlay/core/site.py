@@ -40,12 +40,28 @@ class Wear(nn.Module):
         return ", ".join(f"{k}: {tuple(v.shape)}" for k, v in self.tensors().items())
 
 
+class Wardrobe(nn.Module):
+    """Adapter name -> `Wear`. Children are called `@name`, so that no name meets an attribute of a module (`half`, `train`)."""
+
+    def __setitem__(self, name: str, wear: Wear) -> None:
+        self.add_module(f"@{name}", wear)
+
+    def __getitem__(self, name: str) -> Wear:
+        return self._modules[f"@{name}"]  # type: ignore[return-value]
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[f"@{name}"]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 class Site(nn.Module):
     """Where adapters hang on one layer, or on one part of a fused layer."""
 
     def __init__(self, host: Host, spot: Spot, layer: nn.Module):
         super().__init__()
-        self.wear = nn.ModuleDict()
+        self.wear = Wardrobe()
         self.places: dict[str, Place] = {}
         self.spot = spot
         self._host = [host]  # in a list: the host is no child of the layer
@@ -102,7 +118,7 @@ class Site(nn.Module):
     def tensors(self, name: str) -> Weights:
         """An adapter's tensors as its edit sees them: its own here, and those it shares among places."""
         common = self._host[0].common.get(name)
-        own = self.wear[name].tensors()  # type: ignore[operator]
+        own = self.wear[name].tensors()
         return {**common.tensors(), **own} if common is not None else own
 
     def run(self, phase: int, x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -184,7 +184,7 @@ class AdaLoRA(Edit):
             w["E"].mul_(kept)
 
     def _importance(self, key: str, w: Weights, state: dict[str, Tensor]) -> Tensor:
-        total = 0
+        total = torch.zeros_like(w["E"])
         for name, over in (("E", ()), ("P", (0,)), ("Q", (1,))):
             p = w[name]
             now = (p * (p.grad if p.grad is not None else 0)).abs()

@@ -27,7 +27,7 @@ SPELLINGS = {
 
 def anatomy(model: nn.Module) -> Anatomy:
     """The roles of a causal language model, by `config.model_type` or by inference from its modules."""
-    kind = model.config.model_type
+    kind: str = model.config.model_type  # type: ignore[union-attr,assignment]
     family = FAMILIES.get(kind) or infer(model)
     try:
         blocks = model.get_submodule(family.blocks)

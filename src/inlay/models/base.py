@@ -37,7 +37,7 @@ def load_base(name: str | Path, dtype: str | None = None, device: str | None = N
     path = where(name)
     wanted = DTYPES[dtype] if dtype else torch.float32 if str(name) in EMBEDDED else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except OSError as e:
         raise InlayError(

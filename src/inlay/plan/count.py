@@ -117,7 +117,7 @@ def _by_role(host: Host) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for site in host.sites.values():
         if "plan" in site.places:
-            own = sum(t.numel() for t in site.wear["plan"].tensors().values() if id(t) in trained)  # type: ignore[operator]
+            own = sum(t.numel() for t in site.wear["plan"].tensors().values() if id(t) in trained)
             entry = found.setdefault(site.spot.role, {"places": 0, "trainable": 0})
             entry["places"] += 1
             entry["trainable"] += own
