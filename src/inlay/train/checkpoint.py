@@ -80,8 +80,11 @@ def write(run_dir: Path, step: int, adapter: dict[str, Tensor], state: dict[str,
             torch.save(state, folder / "state.pt")
             (folder / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
     except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError, depending on who writes
+        free = shutil.disk_usage(run_dir).free  # PyTorch's own error does not speak of the disk
         clean(run_dir)
-        raise InlayError(f"cannot write {path}: {e}. {last_good(run_dir)} Make room, then resume.") from e
+        raise InlayError(
+            f"cannot write {path}: {e} ({free:,} bytes were free). {last_good(run_dir)} Make room, then resume."
+        ) from e
     shutil.rmtree(aside, ignore_errors=True)
     return path
 

@@ -133,7 +133,7 @@ class TrainSettings:
     settings: Pairs = field(default_factory=dict)
     """The method's own settings, e.g. `rank=8 dropout=0.05`."""
     at: str | None = None
-    """Where it hangs, e.g. `q,v@0-3`; the method's default places if not given."""
+    """Where it hangs, e.g. `q@0-3,v@0-3`; the method's default places if not given."""
     name: str = "adapter"
     """What the adapter is called."""
     out: Path
