@@ -23,7 +23,7 @@ def blocks(text: str, language: str) -> list[str]:
 COMMANDS = [
     shlex.split(line, comments=True)
     for text in (README, *(p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))))
-    for block in blocks(text, "bash")
+    for block in blocks(text, "(?:bash|sh|console)?")
     for line in block.splitlines()
     if line.startswith("inlay ")
 ]
