@@ -259,7 +259,7 @@ def export(args: argparse.Namespace, model: Any, tokenizer: Any, state: dict[str
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    scores = report(model, tokenizer, 400)
+    scores = report(model, tokenizer, args.probes)
     kept = state["losses"][:: max(1, len(state["losses"]) // 60)]
     facts = {
         "base": args.name,
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--report-every", type=int, default=1000)
+    parser.add_argument("--probes", type=int, default=400, help="drills of each kind in the final self-report")
     parser.add_argument("--no-compile", action="store_true")
     train(parser.parse_args())
 
