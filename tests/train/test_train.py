@@ -130,7 +130,8 @@ def test_repeatable_and_resumable(tmp_path, folder, data):
 
 
 def test_a_task_that_leaks_says_so(tmp_path, folder, data):
-    train(recipe(tmp_path, folder, data, task="math_10k"))
+    with pytest.warns(UserWarning, match="is not the published train file of math_10k"):
+        train(recipe(tmp_path, folder, data, task="math_10k"))
     about = json.loads((tmp_path / "run" / "data.json").read_text())
     assert about["task"] == "math_10k" and "AddSub" in about["leaks"] and "inlay.tasks.leaks" in about["leaks"]
 
