@@ -41,7 +41,7 @@ class Wear(nn.Module):
 
 
 class Wardrobe(nn.Module):
-    """Adapter name -> `Wear`. Children are called `@name`: no name then meets a module's attribute (`half`, `train`)."""
+    """Adapter name -> `Wear`. Children are called `@name`: none then meets a module's attribute (`half`, `train`)."""
 
     def __setitem__(self, name: str, wear: Wear) -> None:
         self.add_module(f"@{name}", wear)
