@@ -62,6 +62,14 @@ def train_tokenizer(seed: int) -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(tokenizer: Any, out: Path) -> None:
+    """Write the tokenizer under the class name that older and newer transformers both know."""
+    tokenizer.save_pretrained(out)
+    file = out / "tokenizer_config.json"
+    text = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(text, indent=2) + "\n")
+
+
 def tokenizer_text(seed: int) -> Iterator[str]:
     """Corpus sample, every question word and blank run the templates need, and a list of common words."""
     rng = random.Random(f"tokenizer-{seed}")
@@ -187,7 +195,7 @@ def train(args: argparse.Namespace) -> None:
     work = Path(args.work or out)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(args.seed)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     model = build(args.name, len(tokenizer))
     opts = optimisers(model, args)
     peaks = [o.param_groups[0]["lr"] for o in opts]
@@ -258,7 +266,7 @@ def export(args: argparse.Namespace, model: Any, tokenizer: Any, state: dict[str
     model = model.to(torch.bfloat16)
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     scores = report(model, tokenizer, args.probes)
     kept = state["losses"][:: max(1, len(state["losses"]) // 60)]
     facts = {
