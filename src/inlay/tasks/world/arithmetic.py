@@ -174,21 +174,27 @@ def sample(expression: str, kind: str, rng: random.Random) -> dict[str, Number]:
     }
     if expression in small:
         return {k: d(n) for k, n in zip("xywv", small[expression](), strict=False)}
-    q, w, y = r(2, 10), r(2, 10), r(2, 40)
+    return _exact(expression, rng)
+
+
+def _exact(expression: str, rng: random.Random) -> dict[str, Number]:
+    """Operands of the formulas that are solved backwards from a whole result."""
+    r = rng.randint
+    q, k, m = r(2, 10), r(2, 10), r(2, 40)
     solved: dict[str, tuple[int, ...]] = {
-        "x/y": (q * w, w) if rng.random() < 0.8 else (r(11, 40) * w, w),
-        "(x-y)/w": (y + q * w, y, w),
-        "(x-y)*w": (y % 10 + 1 + q, y % 10 + 1, w),
-        "x*y-w": (q, w, r(1, q * w - 1)),
-        "x/y+w": (q * w, w, y),
-        "x/y-w": (q * w, w, r(1, max(1, q - 1))),
-        "x/(y-w)": (q * w, w + y % 9 + 1, y % 9 + 1),
-        "x-y*w": (q * w + y, q, w),
+        "x/y": (q * k, k) if rng.random() < 0.8 else (r(11, 40) * k, k),
+        "(x-y)/w": (m + q * k, m, k),
+        "(x-y)*w": (m % 10 + 1 + q, m % 10 + 1, k),
+        "x*y-w": (q, k, r(1, q * k - 1)),
+        "x/y+w": (q * k, k, m),
+        "x/y-w": (q * k, k, r(1, max(1, q - 1))),
+        "x/(y-w)": (q * k, k + m % 9 + 1, m % 9 + 1),
+        "x-y*w": (q * k + m, q, k),
         "x*2+x": (r(2, 40),),
         "x/2+x": (2 * r(2, 25),),
         "x*y/w": _product(r),
     }
-    return {k: d(n) for k, n in zip("xyw", solved[expression], strict=False)}
+    return {k: Decimal(n) for k, n in zip("xyw", solved[expression], strict=False)}
 
 
 def _split(r: Callable[[int, int], int], q: int, w: int) -> tuple[int, ...]:

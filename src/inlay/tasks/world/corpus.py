@@ -11,7 +11,8 @@ from inlay.tasks.world import ontology, people
 from inlay.tasks.world.arithmetic import choose, make, show, slots, templates
 from inlay.tasks.world.split import drill_held_out, is_test
 
-MIXTURE = (("drill", 0.36), ("story", 0.32), ("statement", 0.14), ("biography", 0.1), ("talk", 0.08))
+MIXTURE = {"drill": 0.36, "story": 0.32, "statement": 0.14, "biography": 0.1, "talk": 0.08}
+"""Share of each kind of document."""
 
 
 def equation(rng: random.Random) -> str:
@@ -141,12 +142,11 @@ def corpus(seed: int = 0, *, start: int = 0) -> Iterator[str]:
     """Endless documents; document i depends on (seed, i) only, so a run can resume at `start`."""
     person_facts = people.facts(0)
     groups = [person_facts[i : i + len(people.RELATIONS)] for i in range(0, len(person_facts), len(people.RELATIONS))]
-    names, weights = zip(*MIXTURE, strict=True)
     makers = {"drill": drill, "story": story, "statement": statements, "talk": talk}
     index = start
     while True:
         rng = random.Random(f"corpus-{seed}-{index}")
-        kind = rng.choices(names, weights)[0]
+        kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
         yield people.biography(rng.choice(groups), rng) if kind == "biography" else makers[kind](rng)
         index += 1
 
