@@ -1,4 +1,4 @@
-"""Train LoRA, series, parallel and prefix adapters on real data on the embedded LLaMA-style base, and score the test sets.
+"""Adapt the embedded LLaMA-style base to real data (LoRA, series, parallel, prefix), and score the real test sets.
 
     python scripts/real_data.py DATA --out runs/real --seeds 0 1 2
 
@@ -24,16 +24,23 @@ BASE = "tiny-llama"
 METHODS = {
     "lora": "--rank 16 --alpha 32 --at linear --lr 3e-3",
     "series": "--size 64 --at o,down --lr 3e-3",
-    "parallel": "--size 64 --at attn,mlp --lr 3e-3",
+    "parallel": "--size 64 --at q,k,v,up,down --lr 3e-3",
     "prefix": "--tokens 16 --lr 1e-2",
 }
-COMMON = "--protocol clean --batch-size 32 --micro-batch 16 --warmup 0.06 --schedule cosine --cutoff 512 --loggers none --val-size 100"
+COMMON = (
+    "--protocol clean --batch-size 32 --micro-batch 32 --group-by-length --warmup 0.06 --schedule cosine --cutoff 512 "
+    "--final last --loggers none"
+)
 KINDS = {
-    "math": ("--epochs 10", "AddSub MultiArith SingleEq SVAMP gsm8k AQuA mawps".split(), "--max-new-tokens 48"),
+    "math": (
+        "--task mawps --epochs 5",
+        "AddSub MultiArith SingleEq SVAMP gsm8k AQuA mawps".split(),
+        "--max-new-tokens 40",
+    ),
     "commonsense": (
-        "--epochs 2",
+        "--limit 4000 --epochs 1",
         "boolq piqa social_i_qa winogrande ARC-Easy ARC-Challenge openbookqa".split(),
-        "--max-new-tokens 12",
+        "--max-new-tokens 10",
     ),
 }
 TRAINED_ON = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
@@ -60,7 +67,7 @@ def training_files(data: Path, out: Path) -> dict[str, Path]:
 
 def train_command(kind: str, method: str, seed: int, file: Path, out: Path) -> str:
     return (
-        f"inlay train --model {BASE} --method {method} {METHODS[method]} --train-file {file} {COMMON} {KINDS[kind][0]} "
+        f"inlay train --model {BASE} --method {method} {METHODS[method]} --train-file {file} {KINDS[kind][0]} {COMMON} "
         f"--seed {seed} --out {out / kind / f'{method}-{seed}'}"
     )
 

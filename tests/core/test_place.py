@@ -17,7 +17,9 @@ def keys(family: str, at: str) -> list[str]:
 
 
 def test_the_language():
-    assert keys("llama", "q,v@1") == ["0.q", "1.q", "1.v"]
+    assert keys("llama", "q,v@1") == ["1.q", "1.v"]
+    assert keys("llama", "q@0-,v@1") == ["0.q", "1.q", "1.v"]
+    assert keys("llama", "embed,q@1,v") == ["embed", "0.v", "1.q", "1.v"]
     assert keys("llama", "down:input@first1, mlp@last1") == ["0.down", "1.mlp"]
     assert keys("llama", "*.q_proj") == ["0.q", "1.q"]
     assert keys("llama", "model.layers.0.input_layernorm") == ["0.norm.input_layernorm"]

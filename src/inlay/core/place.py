@@ -9,7 +9,8 @@ The language, used by the API, the command line and recipes alike, is a comma-se
   `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
-- layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`.
+- layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`. They hold for their item and for the items
+  before it that name none: `q,v@0-3` is q and v in layers 0 to 3.
 
 Whatever matches nothing is an error that names what exists.
 """
@@ -107,6 +108,9 @@ class Target:
     name: str
     wiring: str
     layers: str
+    """Its own; empty if it names none."""
+    among: str
+    """Its own layers or those of the next item that names some."""
 
 
 def parse(at: str | Iterable[str]) -> list[Target]:
@@ -114,13 +118,15 @@ def parse(at: str | Iterable[str]) -> list[Target]:
     items = [i.strip() for i in (at.split(",") if isinstance(at, str) else at)]
     if not any(items):
         raise InlayError("the placement is empty; name roles such as 'q,v' or a pattern such as '*.q_proj'")
-    targets = []
-    for item in filter(None, items):
+    targets: list[Target] = []
+    inherited = ""
+    for item in reversed(list(filter(None, items))):
         name, _, layers = item.partition("@")
         name, _, wiring = name.partition(":")
         if wiring and wiring not in WIRINGS:
             raise unknown("wiring", wiring, WIRINGS, f"It stands in {item!r}.")
-        targets.append(Target(item, name, WIRINGS.get(wiring, ""), layers))
+        inherited = layers or inherited
+        targets.insert(0, Target(item, name, WIRINGS.get(wiring, ""), layers, inherited))
     return targets
 
 
@@ -158,9 +164,9 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
                 anatomy.roles,
                 "A pattern must match a whole module path, e.g. '*.q_proj'.",
             )
-        if target.layers:
-            chosen = layer_set(target.layers, anatomy.layers)
-            hits = [s for s in hits if s.layer in chosen]
+        if target.among:
+            chosen = layer_set(target.among, anatomy.layers)
+            hits = [s for s in hits if s.layer in chosen or (s.layer is None and not target.layers)]
             if not hits:
                 raise InlayError(f"{target.text!r} selects layers of {target.name!r}, which does not stand in layers")
         for spot in hits:

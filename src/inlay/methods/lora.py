@@ -154,6 +154,10 @@ class AdaLoRA(Edit):
     orthogonality: float = 0.5
     """Weight of |P^T P - I|^2 + |Q Q^T - I|^2 in the loss."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.target <= self.rank:
+            raise InlayError(f"AdaLoRA goes from rank {self.rank} to target {self.target}; target must be in 1-{self.rank}")
+
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {
             "Q": 0.02 * torch.randn(self.rank, place.d_in),

@@ -62,8 +62,8 @@ class DataSettings:
     """Records drawn from the training set for validation, where there is no `val_file`."""
     limit: int | None = None
     """At most so many training records, drawn with the seed (of a generated task: how many are generated)."""
-    protocol: str = "published"
-    """Template and loss: `published` (LLM-Adapters' strings, loss on prompts too) or `clean` (loss on answers)."""
+    protocol: str = "clean"
+    """Prompt template and loss: `clean` (loss on the answer) or `published` (LLM-Adapters' strings and loss)."""
     cutoff: int = 256
     """Longest example in tokens; what is longer is cut, and counted in `data.json`."""
     group_by_length: bool = False
