@@ -206,3 +206,16 @@ def test_adapters_may_be_called_what_modules_have_as_attributes():
     for name in list(host.edits):
         host.remove(name)
     assert not any("inlay" in n for n, _ in host.model.named_modules())
+
+
+def test_a_prompt_starts_from_a_text():
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [ord(c) - 90 for c in text]}
+
+    host = inlay.attach(base("llama"))
+    edit = inlay.method("prompt").make(text="abc", tokens=5)
+    with pytest.raises(inlay.InlayError, match="not tokenised yet"):
+        host.add("x", edit)
+    host.add("x", edit.tokenised(tokenizer))
+    table = host.model.get_input_embeddings().weight[torch.tensor([7, 8, 9, 7, 8])]
+    assert torch.equal(host.tensors("x")["embed/table"], table)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,6 +74,10 @@ class Edit:
     def room(self) -> int:
         """Columns that each row reserves on its left for virtual tokens."""
         return 0
+
+    def tokenised(self, tokenizer: Any) -> Edit:
+        """The same edit with settings given as text turned into ids; what trains or loads a base calls it before `add`."""
+        return self
 
     def shared(self, places: Sequence[Place]) -> dict[str, Tensor]:
         """Tensors made once per adapter and handed to every place beside its own."""

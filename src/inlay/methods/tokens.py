@@ -6,7 +6,7 @@ These methods cannot start at the identity: a token that is attended to changes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -60,8 +60,8 @@ def _embedding_only(place: Place) -> None:
 class Prompt(Tokens):
     """[p_1 .. p_n; E(x)] at the embedding.  Lester et al. 2021, arXiv:2104.08691.
 
-    Starts at the embeddings of random words of the vocabulary (the paper's better start), at N(0, 0.02^2), or at
-    given ids, repeated or cut to fit: `Prompt.reading("Solve the problem:", tokenizer)`.
+    Starts at the embeddings of random words of the vocabulary (the paper's better start), at N(0, 0.02^2), or at those of a
+    text, repeated or cut to fit: `Prompt(text="Solve the problem:").tokenised(tokenizer)`.
     """
 
     kind = "prompt"
@@ -70,19 +70,23 @@ class Prompt(Tokens):
     """Number of virtual tokens."""
     start: Literal["vocabulary", "normal"] = "vocabulary"
     """Random start: embeddings of random words, or a normal distribution."""
+    text: str = ""
+    """Start from the embeddings of this text's tokens instead."""
     ids: tuple[int, ...] = ()
-    """Start from the embeddings of these ids instead."""
+    """The same, as ids."""
 
-    @classmethod
-    def reading(cls, text: str, tokenizer: Any, **settings: Any) -> Prompt:
-        """A prompt that starts from a text; as long as the text unless `tokens` is given."""
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokenised(self, tokenizer: Any) -> Prompt:
+        if not self.text or self.ids:
+            return self
+        ids = tuple(tokenizer(self.text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise InlayError("the start text has no tokens")
-        return cls(**{"tokens": len(ids), "ids": ids, **settings})
+            raise InlayError(f"the start text {self.text!r} has no tokens")
+        return replace(self, ids=ids)
 
     def weights(self, place: Place) -> dict[str, Tensor]:
         _embedding_only(place)
+        if self.text and not self.ids:
+            raise InlayError("the start text is not tokenised yet: hang prompt.tokenised(tokenizer)")
         if self.ids:
             if max(self.ids) >= place.d_in:
                 raise InlayError(f"start id {max(self.ids)} is outside this model's vocabulary of {place.d_in}")
