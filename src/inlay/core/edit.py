@@ -76,7 +76,7 @@ class Edit:
         return 0
 
     def tokenised(self, tokenizer: Any) -> Edit:
-        """The same edit with settings given as text turned into ids; what trains or loads a base calls it before `add`."""
+        """The same edit, settings given as text turned into ids; whoever has a tokenizer calls it before `add`."""
         return self
 
     def shared(self, places: Sequence[Place]) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ The language, used by the API, the command line and recipes alike, is a comma-se
   `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
-- layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`. They hold for their item and for the items
+- layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`. They hold for their item and for the
+  items
   before it that name none: `q,v@0-3` is q and v in layers 0 to 3.
 
 Whatever matches nothing is an error that names what exists.

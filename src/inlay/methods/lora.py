@@ -156,7 +156,7 @@ class AdaLoRA(Edit):
 
     def __post_init__(self) -> None:
         if not 1 <= self.target <= self.rank:
-            raise InlayError(f"AdaLoRA goes from rank {self.rank} to target {self.target}; target must be in 1-{self.rank}")
+            raise InlayError(f"AdaLoRA's target {self.target} must lie between 1 and its rank {self.rank}")
 
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {

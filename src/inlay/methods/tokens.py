@@ -60,8 +60,8 @@ def _embedding_only(place: Place) -> None:
 class Prompt(Tokens):
     """[p_1 .. p_n; E(x)] at the embedding.  Lester et al. 2021, arXiv:2104.08691.
 
-    Starts at the embeddings of random words of the vocabulary (the paper's better start), at N(0, 0.02^2), or at those of a
-    text, repeated or cut to fit: `Prompt(text="Solve the problem:").tokenised(tokenizer)`.
+    Starts at the embeddings of random words of the vocabulary (the paper's better start), at N(0, 0.02^2), or at
+    those of a text, repeated or cut to fit: `Prompt(text="Solve the problem:").tokenised(tokenizer)`.
     """
 
     kind = "prompt"

@@ -42,7 +42,12 @@ def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwri
     model, tokenizer = load_base(settings.model, settings.run.dtype, settings.run.device)
     seed_everything(settings.run.seed)
     host = attach(model)
-    host.add(settings.name, edit.tokenised(tokenizer), at=settings.at if settings.at is not None else row.places, seed=settings.run.seed)
+    host.add(
+        settings.name,
+        edit.tokenised(tokenizer),
+        at=settings.at if settings.at is not None else row.places,
+        seed=settings.run.seed,
+    )
     cutoff, show = settings.data.cutoff, settings.run.progress
     examples, _ = encode_all(records, tokenizer, protocol, cutoff, progress=show)
     val_examples, _ = encode_all(val_records, tokenizer, protocol, cutoff) if val_records else ([], 0)
