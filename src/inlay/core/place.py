@@ -4,14 +4,12 @@ The language, used by the API, the command line and recipes alike, is a comma-se
 
     target[:wiring][@layers]
 
-- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where a decoder fuses
-  them),
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, and `qkv`, `gate_up` where a decoder fuses them),
   `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
 - layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`. They hold for their item and for the
-  items
-  before it that name none: `q,v@0-3` is q and v in layers 0 to 3.
+  items before it that name none: `q,v@0-3` is q and v in layers 0 to 3.
 
 Whatever matches nothing is an error that names what exists.
 """
