@@ -121,8 +121,15 @@ def test_a_cache_of_another_plan_is_refused():
     with host.using("prefix"), torch.no_grad():
         past = host.model(**batch(), use_cache=True).past_key_values
     host.add("long", small("prefix", tokens=5))
-    with host.using("long"), pytest.raises(inlay.InlayError, match="made under another plan"):
-        host.model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=past)
+    host.add("plain", small("lora"))
+    one = torch.ones(3, 1, dtype=torch.long)
+    for plan in ("long", "plain", None):
+        with host.using(plan), pytest.raises(inlay.InlayError, match="made under another plan"):
+            host.model(input_ids=one, past_key_values=past)
+    with torch.no_grad(), host.using(None):
+        bare = host.model(**batch(), use_cache=True).past_key_values
+    with host.using("prefix"), pytest.raises(inlay.InlayError, match="made without virtual tokens"):
+        host.model(input_ids=one, past_key_values=bare)
 
 
 def test_prefix_logits_are_those_of_keys_and_values_put_into_the_cache():

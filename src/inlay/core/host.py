@@ -282,12 +282,12 @@ class Host:
         self._depth += 1
         if self._depth > 1:
             return None
+        past = kwargs.get("past_key_values")
         if self._bare:
             self.now = Route()
+            _same_room(past, 0)
             return None
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        past = kwargs.get("past_key_values")
-        seen = int(past.get_seq_length()) if past is not None else 0
         if self._checkpointed and torch.is_grad_enabled():
             replay.wrap(self, self._checkpointed)
         batch = ids.shape[0]
@@ -295,13 +295,16 @@ class Host:
             self._ready = self._routed(batch)
         base, space = self._ready
         side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.side.items()}
-        self.now = replace(base, seen=seen, training=model.training, side=side)
+        self.now = replace(base, training=model.training, side=side)
+        _same_room(past, space.wide if space else 0)
         if space is None:
             return None
-        if seen and getattr(past, "_inlay_wide", 0) != space.wide:
-            raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")
+        seen = int(past.get_seq_length()) if past is not None else 0
+        if seen and not hasattr(past, "_inlay_wide"):
+            raise InlayError("this KV cache was made without virtual tokens; start from an empty cache after use()")
         kwargs, first_B = room.widen(model, args, kwargs, space, seen)
-        self.now = replace(self.now, first={n: first_B + offset for n, offset in space.offset.items()})
+        first = {n: first_B + offset for n, offset in space.offset.items()}
+        self.now = replace(self.now, seen=seen, first=first)
         self._wide = 0 if seen else space.wide
         if past is not None and not seen:
             past._inlay_wide = space.wide
@@ -321,3 +324,9 @@ class Host:
             cache._inlay_wide = wide
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         return room.strip(out, ids.shape[1] - wide, wide)
+
+
+def _same_room(past: Any, wide: int) -> None:
+    """A KV cache carries the reserved columns it was made with; another plan would miscount them."""
+    if past is not None and getattr(past, "_inlay_wide", wide) != wide:
+        raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")
