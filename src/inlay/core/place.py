@@ -4,7 +4,7 @@ The language, used by the API, the command line and recipes alike, is a comma-se
 
     target[:wiring][@layers]
 
-- target: a role (`q k v o gate up down attn mlp block embed head norm`, and `qkv`, `gate_up` where a decoder fuses them),
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where they are fused),
   `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
