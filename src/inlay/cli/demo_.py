@@ -20,9 +20,9 @@ class DemoSettings:
     """Where the trained adapters are left; what an earlier demo left there is replaced."""
     model: str = "tiny-llama"
     """The base."""
-    task: str = "world-arith"
+    task: str = "world-addsub"
     """The task (the synthetic ones need no download)."""
-    steps: int = 150
+    steps: int = 100
     """Training steps of each adapter."""
     questions: int = 100
     """Held-out questions."""
