@@ -20,12 +20,15 @@ from pathlib import Path
 
 import torch
 
+from inlay.tasks import Score, get, load, score
+from inlay.tasks.leaks import normalise, read_questions
+
 BASE = "tiny-llama"
 METHODS = {
     "lora": "--rank 16 --alpha 32 --at linear --lr 3e-3",
     "series": "--size 64 --at o,down --lr 3e-3",
     "parallel": "--size 64 --at q,k,v,up,down --lr 3e-3",
-    "prefix": "--tokens 16 --lr 1e-2",
+    "prefix": "--tokens 16 --std 1.0 --lr 0.2",
 }
 COMMON = (
     "--protocol clean --batch-size 32 --micro-batch 32 --group-by-length --warmup 0.06 --schedule cosine --cutoff 512 "
@@ -38,7 +41,7 @@ KINDS = {
         "--max-new-tokens 40",
     ),
     "commonsense": (
-        "--limit 4000 --epochs 1",
+        "--limit 3000 --epochs 1",
         "boolq piqa social_i_qa winogrande ARC-Easy ARC-Challenge openbookqa".split(),
         "--max-new-tokens 10",
     ),
@@ -81,21 +84,46 @@ def eval_command(kind: str, data: Path, out: Path, seeds: list[int]) -> str:
     )
 
 
-def cell(values: list[dict]) -> str:
+def unseen(data: Path, file: Path, tasks: list[str]) -> dict[str, set[int]]:
+    """Per task, the test items whose question does not stand in the training file (words and numbers compared)."""
+    known = {normalise(q) for q in read_questions(file)}
+    return {
+        get(t).name: {i for i, r in enumerate(load(t, "test", data)) if normalise(r.instruction) not in known}
+        for t in tasks
+    }
+
+
+def scores(folder: Path, fresh: dict[str, set[int]]) -> dict[tuple[str, str], tuple[Score, Score | None]]:
+    """(task, adapter) -> its score, and its score on unseen items alone where some were seen."""
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for line in (folder / "generations.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault((row["dataset"], row["adapter"]), []).append(row)
+    found = {}
+    for (task, adapter), mine in rows.items():
+        kept = [r for r in mine if r["index"] in fresh[task]]
+        found[task, adapter] = score(mine, task, "clean"), score(kept, task, "clean") if len(kept) < len(mine) else None
+    return found
+
+
+def cell(values: list[Score]) -> str:
     """Accuracy in percent: one run with its 95 % interval (Wilson), or mean and standard deviation over seeds."""
     if len(values) == 1:
-        return f"{values[0]['accuracy']:.1f} ({values[0]['low']:.1f}–{values[0]['high']:.1f})"
-    accuracies = [v["accuracy"] for v in values]
+        low, high = values[0].interval
+        return f"{values[0].accuracy:.1f} ({low:.1f}–{high:.1f})"
+    accuracies = [v.accuracy for v in values]
     return f"{statistics.mean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
 
 
-def table(kind: str, report: dict, seeds: list[int]) -> str:
-    cells = {(c["dataset"], c["adapter"]): c for c in report["cells"]}
-    tasks = list(dict.fromkeys(c["dataset"] for c in report["cells"]))
+def table(found: dict[tuple[str, str], tuple[Score, Score | None]], seeds: list[int]) -> str:
     lines = ["| test set | n | bare base | " + " | ".join(METHODS) + " |", "|---" * (3 + len(METHODS)) + "|"]
-    for task in tasks:
-        row = [cell([cells[task, "base"]])] + [cell([cells[task, f"{m}-{s}"] for s in seeds]) for m in METHODS]
-        lines.append(f"| {task} | {cells[task, 'base']['n']} | " + " | ".join(row) + " |")
+    for task in dict.fromkeys(t for t, _ in found):
+        for part, label in ((0, task), (1, f"{task}, unseen")):
+            base = found[task, "base"][part]
+            if base is None:
+                continue
+            row = [cell([base])] + [cell([found[task, f"{m}-{s}"][part] for s in seeds]) for m in METHODS]
+            lines.append(f"| {label} | {base.n} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -138,8 +166,9 @@ def write(args: argparse.Namespace, files: dict[str, Path]) -> None:
     data = Path("DATA")
     shown = {"math": data / "mawps/trainset.json", "commonsense": Path("runs/real/commonsense.json")}
     for kind in args.kinds:
-        report = json.loads((args.out / kind / "eval" / "report.json").read_text())
-        parts.append(f"## {kind}\n\n{table(kind, report, args.seeds)}\n")
+        tasks = KINDS[kind][1]
+        found = scores(args.out / kind / "eval", unseen(args.data, files[kind], tasks))
+        parts.append(f"## {kind}\n\n{table(found, args.seeds)}\n")
         commands = [train_command(kind, m, s, shown[kind], Path("runs/real")) for m in METHODS for s in args.seeds]
         commands.append(eval_command(kind, data, Path("runs/real"), args.seeds))
         parts.append("```bash\n" + "\n".join(commands) + "\n```\n")
