@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from inlay.tasks import Score, get, load, score
+from inlay.tasks import get, load
 from inlay.tasks.leaks import normalise, read_questions
+from inlay.tasks.score import Score, score
 
 BASE = "tiny-llama"
 METHODS = {
@@ -79,18 +80,16 @@ def eval_command(kind: str, data: Path, out: Path, seeds: list[int]) -> str:
     folders = " ".join(str(out / kind / f"{m}-{s}" / "adapter") for m in METHODS for s in seeds)
     _, tasks, limit = KINDS[kind]
     return (
-        f"inlay eval --model {BASE} --adapters {folders} --bare --tasks {' '.join(tasks)} --data {data} --protocol clean "
-        f"{limit} --batch-size 128 --out {out / kind / 'eval'}"
+        f"inlay eval --model {BASE} --adapters {folders} --bare --tasks {' '.join(tasks)} --data {data} "
+        f"--protocol clean {limit} --batch-size 128 --out {out / kind / 'eval'}"
     )
 
 
 def unseen(data: Path, file: Path, tasks: list[str]) -> dict[str, set[int]]:
     """Per task, the test items whose question does not stand in the training file (words and numbers compared)."""
     known = {normalise(q) for q in read_questions(file)}
-    return {
-        get(t).name: {i for i, r in enumerate(load(t, "test", data)) if normalise(r.instruction) not in known}
-        for t in tasks
-    }
+    tests = {get(t).name: load(t, "test", data) for t in tasks}
+    return {t: {i for i, r in enumerate(rows) if normalise(r.instruction) not in known} for t, rows in tests.items()}
 
 
 def scores(folder: Path, fresh: dict[str, set[int]]) -> dict[tuple[str, str], tuple[Score, Score | None]]:
@@ -154,14 +153,15 @@ def write(args: argparse.Namespace, files: dict[str, Path]) -> None:
     seeds = ", ".join(map(str, args.seeds))
     parts = [
         "# Real data on the embedded base\n\n"
-        f"Adapters trained on `{BASE}` with real training files and scored on real test files, clean protocol, greedy decoding, "
-        f"accuracy in percent; seeds {seeds}. "
+        f"Adapters trained on `{BASE}` with real training files and scored on real test files: clean protocol, greedy "
+        f"decoding, accuracy in percent, seeds {seeds}. "
         + (
             "One run each: 95 % Wilson intervals over the items. "
             if len(args.seeds) == 1
             else "Mean ± standard deviation over seeds; the bare base with its 95 % Wilson interval. "
         )
-        + "Written by `python scripts/real_data.py DATA`, DATA being a folder in LLM-Adapters' layout; its commands follow each table.\n"
+        + "*Unseen*: the items whose question does not stand in the training file. Written by "
+        "`python scripts/real_data.py DATA`, DATA being a folder in LLM-Adapters' layout; its commands follow each table.\n"
     ]
     data = Path("DATA")
     shown = {"math": data / "mawps/trainset.json", "commonsense": Path("runs/real/commonsense.json")}
