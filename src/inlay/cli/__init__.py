@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ from inlay.cli.verbs import NAMES, verb
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one message and exit code 2; `--debug` shows the traceback."""
+    # Threads that spin while they wait make small models twenty times slower where cores are shared. Read as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
