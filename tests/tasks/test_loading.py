@@ -79,7 +79,7 @@ def test_mawps_training_rows_become_worked_equations(data: Path) -> None:
     with pytest.warns(UserWarning, match="56 of 1898 rows left out"):
         records = load("mawps", "train", data)
     assert len(records) == 1842
-    assert records[0].output == "(22 - 14) / 4 = 2. The answer is 2" and records[0].answer == "2.0"
+    assert records[0].output == "22 - 14 = 8. 8 / 4 = 2. The answer is 2" and records[0].answer == "2.0"
 
 
 @pytest.mark.parametrize("where", ["test.json", "GSM8K/test.json", "dataset/Gsm8k/test.json"])
