@@ -11,7 +11,7 @@ from inlay.cli.verbs import NAMES, verb
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. What the user got wrong is one message and exit code 2; `--debug` shows the traceback."""
-    # Threads that spin while they wait make small models twenty times slower where cores are shared. Read as torch loads.
+    # Threads that spin while waiting make small models twenty times slower on shared cores. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
