@@ -226,3 +226,10 @@ def test_a_prompt_starts_from_a_text():
     host.add("x", edit.tokenised(tokenizer))
     table = host.model.get_input_embeddings().weight[torch.tensor([7, 8, 9, 7, 8])]
     assert torch.equal(host.tensors("x")["embed/table"], table)
+
+
+def test_adalora_cannot_train_towards_more_than_its_rank():
+    host = inlay.attach(base("llama"))
+    host.add("x", inlay.method("adalora").make(rank=4, target=8))
+    with pytest.raises(inlay.InlayError, match="target 8 must lie between 1 and its rank 4"):
+        host.edits["x"].after_step(host.by_place("x"), 1, 10, {})
