@@ -82,11 +82,11 @@ class Bottleneck(Edit):
         w = {"D": kaiming(self.size, d_in), "U": torch.zeros(d_out, self.size)}
         if self.start == "normal":
             w = {k: 0.02 * torch.randn(v.shape) for k, v in w.items()}
-        if self.bias:
-            w |= {"c": torch.zeros(self.size), "e": torch.zeros(d_out)}
-        if self.learned_scale:
-            w["s"] = torch.full((1,), float(self.scale))
-        return w
+        return w | self._extras(d_out)
+
+    def _extras(self, d_out: int) -> dict[str, Tensor]:
+        w = {"c": torch.zeros(self.size), "e": torch.zeros(d_out)} if self.bias else {}
+        return w | ({"s": torch.full((1,), float(self.scale))} if self.learned_scale else {})
 
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
         """The bottleneck itself: (..., width) -> (..., D_out)."""
@@ -135,11 +135,7 @@ class Compacter(Bottleneck):
             "U_s": torch.randn(n, m, 1) * m**-0.5,
             "U_t": torch.zeros(n, 1, d_out // n),
         }
-        if self.bias:
-            w |= {"c": torch.zeros(self.size), "e": torch.zeros(d_out)}
-        if self.learned_scale:
-            w["s"] = torch.full((1,), float(self.scale))
-        return w
+        return w | self._extras(d_out)
 
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
         z = F.dropout(z, self.dropout, call.training)
