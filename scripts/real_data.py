@@ -37,9 +37,9 @@ COMMON = (
 )
 KINDS = {
     "math": (
-        "--task mawps --epochs 5",
+        "--task mawps --epochs 3",
         "AddSub MultiArith SingleEq SVAMP gsm8k AQuA mawps".split(),
-        "--max-new-tokens 40",
+        "--max-new-tokens 48",
     ),
     "commonsense": (
         "--limit 3000 --epochs 1",
@@ -114,9 +114,9 @@ def cell(values: list[Score]) -> str:
     return f"{statistics.mean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}"
 
 
-def table(found: dict[tuple[str, str], tuple[Score, Score | None]], seeds: list[int]) -> str:
+def table(found: dict[tuple[str, str], tuple[Score, Score | None]], tasks: list[str], seeds: list[int]) -> str:
     lines = ["| test set | n | bare base | " + " | ".join(METHODS) + " |", "|---" * (3 + len(METHODS)) + "|"]
-    for task in dict.fromkeys(t for t, _ in found):
+    for task in (get(t).name for t in tasks):
         for part, label in ((0, task), (1, f"{task}, unseen")):
             base = found[task, "base"][part]
             if base is None:
@@ -161,14 +161,15 @@ def write(args: argparse.Namespace, files: dict[str, Path]) -> None:
             else "Mean ± standard deviation over seeds; the bare base with its 95 % Wilson interval. "
         )
         + "*Unseen*: the items whose question does not stand in the training file. Written by "
-        "`python scripts/real_data.py DATA`, DATA being a folder in LLM-Adapters' layout; its commands follow each table.\n"
+        "`python scripts/real_data.py DATA`, DATA being a folder in LLM-Adapters' layout; its commands follow each "
+        "table.\n"
     ]
     data = Path("DATA")
     shown = {"math": data / "mawps/trainset.json", "commonsense": Path("runs/real/commonsense.json")}
     for kind in args.kinds:
         tasks = KINDS[kind][1]
         found = scores(args.out / kind / "eval", unseen(args.data, files[kind], tasks))
-        parts.append(f"## {kind}\n\n{table(found, args.seeds)}\n")
+        parts.append(f"## {kind}\n\n{table(found, tasks, args.seeds)}\n")
         commands = [train_command(kind, m, s, shown[kind], Path("runs/real")) for m in METHODS for s in args.seeds]
         commands.append(eval_command(kind, data, Path("runs/real"), args.seeds))
         parts.append("```bash\n" + "\n".join(commands) + "\n```\n")
