@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     host = inlay.attach(skeleton("llama-7b"))
     parts = [
-        "# Methods\n\nGenerated from the code by `python scripts/document_methods.py`. *Numbers* are the trained ones on "
+        "# Methods\n\nGenerated from the code by `python scripts/document_methods.py`. *Numbers* are those trained on "
         "LLaMA-7B at the default settings and places.\n"
     ]
     seen = {}
