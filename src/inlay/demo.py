@@ -126,7 +126,7 @@ def fit_arm(
     """Hang and train one adapter; its training time in seconds."""
     from inlay.methods import method
     from inlay.tasks import CLEAN, encode_all
-    from inlay.train import OptimSettings, RunSettings, TrainSettings, fit
+    from inlay.train import DataSettings, OptimSettings, RunSettings, TrainSettings, fit
 
     row = method(arm.method)
     host.add(arm.name, row.make(**arm.settings), at=row.places, seed=seed)
@@ -138,6 +138,7 @@ def fit_arm(
         settings=arm.settings,
         name=arm.name,
         out=out / arm.name,
+        data=DataSettings(protocol="clean", group_by_length=True),
         optim=OptimSettings(batch_size=batch_size, micro_batch=batch_size, steps=steps, lr=arm.lr, warmup=0.1),
         run=RunSettings(seed=seed, save_every=0, loggers=("none",), progress=progress),
     )
