@@ -8,6 +8,15 @@ from inlay.evaluate.stats import Paired, paired
 from inlay.evaluate.suite import evaluate
 
 __all__ = [
-    "Cell", "EvalSettings", "GenerateSettings", "Generation", "Paired", "Report",
-    "evaluate", "generate", "option_scores", "paired", "run",
+    "Cell",
+    "EvalSettings",
+    "GenerateSettings",
+    "Generation",
+    "Paired",
+    "Report",
+    "evaluate",
+    "generate",
+    "option_scores",
+    "paired",
+    "run",
 ]

@@ -80,10 +80,22 @@ def run(settings: EvalSettings) -> Report:
     if settings.bare or not names:
         names.insert(0, None)
     report = evaluate(
-        host, tokenizer, settings.tasks, names, settings.protocol, settings.how,
-        data=settings.data, split=settings.split, limit=settings.limit, seed=settings.seed,
-        decoding=_decoding(settings), option_form=settings.option_form, normalise=settings.normalise,
-        batch_size=settings.batch_size, mixed=settings.mixed, out=settings.out,
+        host,
+        tokenizer,
+        settings.tasks,
+        names,
+        settings.protocol,
+        settings.how,
+        data=settings.data,
+        split=settings.split,
+        limit=settings.limit,
+        seed=settings.seed,
+        decoding=_decoding(settings),
+        option_form=settings.option_form,
+        normalise=settings.normalise,
+        batch_size=settings.batch_size,
+        mixed=settings.mixed,
+        out=settings.out,
     )
     console = Console()
     console.print(report.table())

@@ -145,8 +145,17 @@ def evaluate(
     log = Log(folder)
     with _bar(progress) as bar:
         run = _Run(
-            host=host, tokenizer=tokenizer, protocol=rules, how=how, option_form=option_form, normalise=normalise,
-            wearers=wearers, seed=seed, mixed=mixed, log=log, bar=bar,
+            host=host,
+            tokenizer=tokenizer,
+            protocol=rules,
+            how=how,
+            option_form=option_form,
+            normalise=normalise,
+            wearers=wearers,
+            seed=seed,
+            mixed=mixed,
+            log=log,
+            bar=bar,
         )
         for bench in benches:
             _answer(run, bench)
@@ -187,8 +196,15 @@ def _records(
 
 
 def _bench(
-    host: Host, tokenizer: Any, task: Task, records: list[tuple[int, Record]], protocol: Protocol, how: How,
-    reserve: int, decoding: Mapping[str, Any], batch_size: int,
+    host: Host,
+    tokenizer: Any,
+    task: Task,
+    records: list[tuple[int, Record]],
+    protocol: Protocol,
+    how: How,
+    reserve: int,
+    decoding: Mapping[str, Any],
+    batch_size: int,
 ) -> _Bench:
     if how == "options" and task.kind not in ("choice", "letter"):
         raise InlayError(f"{task.name} asks for a {task.kind}, not for one of several options; use how='generate'")
@@ -321,9 +337,17 @@ def _report(
             low, high = found.interval
             cells.append(
                 Cell(
-                    adapter=label, dataset=bench.task.name, n=found.n, correct=found.correct, accuracy=found.accuracy,
-                    low=low, high=high, no_answer=found.no_answer, truncated=found.truncated or 0,
-                    shortened=sum(i.cut for i in bench.items), seconds=sum(r["seconds"] for r in rows),
+                    adapter=label,
+                    dataset=bench.task.name,
+                    n=found.n,
+                    correct=found.correct,
+                    accuracy=found.accuracy,
+                    low=low,
+                    high=high,
+                    no_answer=found.no_answer,
+                    truncated=found.truncated or 0,
+                    shortened=sum(i.cut for i in bench.items),
+                    seconds=sum(r["seconds"] for r in rows),
                 )
             )
             right[label, bench.task.name] = {p.index: p.correct for p in found.predictions}
