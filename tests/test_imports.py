@@ -62,6 +62,13 @@ def test_imports_run_down(path):
             assert there in ALONE[here], f"{path.name}:{line} imports {name}; {here} knows the core only"
 
 
+@pytest.mark.parametrize("path", sorted((SRC / "methods").glob("[a-z]*.py")), ids=lambda p: p.name)
+def test_methods_do_not_import_each_other(path):
+    """But for the gate, which is made of another edit and names one by default."""
+    others = {name for _, name in imports(path) if name.startswith("inlay.methods")}
+    assert others <= ({"inlay.methods.lora"} if path.name == "gate.py" else set())
+
+
 @pytest.mark.parametrize("path", sorted((SRC / "core").glob("*.py")), ids=lambda p: p.name)
 def test_the_core_knows_torch_alone(path):
     outside = {n.partition(".")[0] for _, n in imports(path)} - set(sys.stdlib_module_names) - CORE_MAY

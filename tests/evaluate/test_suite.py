@@ -14,7 +14,10 @@ from inlay.tasks.score import score_file, wilson
 from tests.evaluate.tiny import base, tokenizer
 
 COLOURS = [
-    ("sky", "blue", "answer2"), ("pea", "green", "answer1"), ("snow", "white", "answer3"), ("coal", "black", "answer2"),
+    ("sky", "blue", "answer2"),
+    ("pea", "green", "answer1"),
+    ("snow", "white", "answer3"),
+    ("coal", "black", "answer2"),
 ]
 CHOICE = [
     Record(
@@ -211,14 +214,23 @@ def test_data_folders_limits_and_groups(worn, tok, tmp_path):
     assert all(t.group == "world" for t in expand("world"))
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(tasks=("nothing",)), "unknown task"), (dict(tasks=("math_10k",)), "training set"),
-    (dict(tasks=()), "no task"),
-    (dict(adapters=("nobody",)), "unknown adapter"), (dict(adapters=()), "adapters must be"),
-    (dict(how="guess"), "unknown way"), (dict(how="options", normalise="x"), "normalisation"),
-    (dict(option_form="x"), "option form"), (dict(protocol="x"), "protocol"), (dict(decoding={"a": 1}), "decoding"),
-    (dict(limit=0), "limit 0"), (dict(records={}), "task in `records`"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(tasks=("nothing",)), "unknown task"),
+        (dict(tasks=("math_10k",)), "training set"),
+        (dict(tasks=()), "no task"),
+        (dict(adapters=("nobody",)), "unknown adapter"),
+        (dict(adapters=()), "adapters must be"),
+        (dict(how="guess"), "unknown way"),
+        (dict(how="options", normalise="x"), "normalisation"),
+        (dict(option_form="x"), "option form"),
+        (dict(protocol="x"), "protocol"),
+        (dict(decoding={"a": 1}), "decoding"),
+        (dict(limit=0), "limit 0"),
+        (dict(records={}), "task in `records`"),
+    ],
+)
 def test_wrong_requests_are_told(worn, tok, wrong, says):
     with pytest.raises(InlayError, match=says):
         suite(worn, tok, **wrong)
@@ -251,8 +263,14 @@ def test_run_from_folders(worn, tok, tmp_path, capsys):
     (tmp_path / "SVAMP").mkdir()
     to_json(SUMS, tmp_path / "SVAMP" / "test.json")
     settings = EvalSettings(
-        model=str(tmp_path / "base"), adapters=folders, bare=True,
-        tasks=("SVAMP",), data=tmp_path, max_new_tokens=28, out=tmp_path / "out", device="cpu",
+        model=str(tmp_path / "base"),
+        adapters=folders,
+        bare=True,
+        tasks=("SVAMP",),
+        data=tmp_path,
+        max_new_tokens=28,
+        out=tmp_path / "out",
+        device="cpu",
     )
     with pytest.warns(UserWarning, match="not the published"):
         report = run(settings)

@@ -53,21 +53,31 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     common = {
-        "dataset_path": "json", "test_split": "test",
+        "dataset_path": "json",
+        "test_split": "test",
         "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")},
     }
     choice = {
-        "task": "tiny_choice", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices", "doc_to_target": "label",
+        "task": "tiny_choice",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     write = {
-        "task": "tiny_write", "output_type": "generate_until", "doc_to_text": "{{question}}",
-        "doc_to_target": "{{text}}", "generation_kwargs": {"until": ["~~"], "max_gen_toks": 10, "do_sample": False},
+        "task": "tiny_write",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{text}}",
+        "generation_kwargs": {"until": ["~~"], "max_gen_toks": 10, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     }
     rolling = {
-        "task": "tiny_rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "task": "tiny_rolling",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
     return [{**common, **t} for t in (choice, write, rolling)]
@@ -141,8 +151,13 @@ def test_by_name_and_from_folders(worn, tok, tasks, tmp_path):
     tok.save_pretrained(tmp_path / "base")
     inlay.save(worn, "a", tmp_path / "a")
     found = harness.simple_evaluate(
-        model="inlay", model_args=f"pretrained={tmp_path / 'base'},adapter={tmp_path / 'a'},dtype=float32",
-        tasks=[copy.deepcopy(tasks[0])], bootstrap_iters=0, batch_size=2, device="cpu", task_manager=manager(),
+        model="inlay",
+        model_args=f"pretrained={tmp_path / 'base'},adapter={tmp_path / 'a'},dtype=float32",
+        tasks=[copy.deepcopy(tasks[0])],
+        bootstrap_iters=0,
+        batch_size=2,
+        device="cpu",
+        task_manager=manager(),
     )
     expected = told(InlayLM(worn, tok, adapter="a"), tasks)[0][:9]
     rows = sorted(found["samples"]["tiny_choice"], key=lambda s: s["doc_id"])
@@ -160,8 +175,19 @@ def test_the_command_line_knows_inlay(worn, tok, tasks, tmp_path, monkeypatch, c
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "tiny.yaml").write_text(yaml.safe_dump(tasks[0]))
     args = [
-        "lm_eval", "--model", "inlay", "--model_args", f"pretrained={tmp_path / 'base'},adapter={tmp_path / 'a'}",
-        "--tasks", "tiny_choice", "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "2",
+        "lm_eval",
+        "--model",
+        "inlay",
+        "--model_args",
+        f"pretrained={tmp_path / 'base'},adapter={tmp_path / 'a'}",
+        "--tasks",
+        "tiny_choice",
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
     ]
     monkeypatch.setattr("sys.argv", args)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)

@@ -33,12 +33,8 @@ def test_published_eval() -> None:
 
 
 def test_published_demo() -> None:
-    assert PUBLISHED_DEMO.prompt(BARE) == seen(
-        f"{TASK}. {WRITE}··\n\n### Instruction:\nQ1\nQ2\n\n### Response:\n"
-    )
-    assert PUBLISHED_DEMO.prompt(PAIRED) == seen(
-        f"{PAIR}·\n\n### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\n"
-    )
+    assert PUBLISHED_DEMO.prompt(BARE) == seen(f"{TASK}. {WRITE}··\n\n### Instruction:\nQ1\nQ2\n\n### Response:\n")
+    assert PUBLISHED_DEMO.prompt(PAIRED) == seen(f"{PAIR}·\n\n### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\n")
 
 
 def test_the_three_published_prompts_differ() -> None:

@@ -32,6 +32,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears under `path` only when the with-block has ended well. `path` must not exist."""

@@ -6,7 +6,7 @@ bfloat16 base is at home on the same base in float32. Quantised layers are left 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ TOLERANCE = 2.0**-7
 """Relative; two roundings to bfloat16."""
 
 
+def readable(weight: Any) -> TypeGuard[Tensor]:
+    """Whether a weight is plain floating-point numbers: not quantised, not absent."""
+    return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+
+
 def fingerprint(host: Host) -> dict[str, Any]:
     """{"shape": config values, "values": {place: 12 sampled weights}}."""
     config = host.model.config
@@ -37,12 +42,7 @@ def fingerprint(host: Host) -> dict[str, Any]:
     for key in SAMPLED:
         spot = by_key.get(key.replace("last", str(host.anatomy.layers - 1)))
         weight = getattr(host.model.get_submodule(spot.path), "weight", None) if spot else None
-        if (
-            isinstance(weight, Tensor)
-            and type(weight.data) is Tensor
-            and weight.is_floating_point()
-            and not weight.is_meta
-        ):
+        if readable(weight) and not weight.is_meta:
             flat = weight.detach().flatten()
             picks = torch.linspace(0, len(flat) - 1, 12, device=flat.device).long()
             values[key] = [float(f"{v:.6g}") for v in flat[picks].float().tolist()]

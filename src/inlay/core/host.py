@@ -245,6 +245,11 @@ class Host:
         self._known(name)
         return {key: s.tensors(name) for key, s in self.sites.items() if name in s.places}
 
+    def placement(self, name: str) -> list[str]:
+        """Where an adapter hangs, in the placement language: `3.down:parallel`, or `3.q` where there is one wiring."""
+        self._known(name)
+        return [f"{key}:{s.places[name].wiring}".rstrip(":") for key, s in self.sites.items() if name in s.places]
+
     def parameters(self, *names: str) -> list[nn.Parameter]:
         """What is trained of these adapters (of all, if none is named)."""
         found = {id(t): t for n in names or self.edits for t in self.tensors(n).values() if isinstance(t, nn.Parameter)}

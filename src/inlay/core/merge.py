@@ -17,6 +17,7 @@ from torch.nn.functional import embedding, linear
 
 from inlay.core.edit import Call
 from inlay.core.errors import InlayError
+from inlay.core.fingerprint import readable
 from inlay.core.host import Host
 from inlay.core.site import Site
 
@@ -74,7 +75,7 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     parameters = dict(host.model.named_parameters(remove_duplicate=False))
     for key in new:
         p = parameters.get(key)
-        if p is None or not p.is_floating_point() or type(p.data) is not Tensor:
+        if p is None or not readable(p):
             raise InlayError(
                 f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives float weights)"
             )
@@ -163,7 +164,7 @@ def frozen(host: Host, layer: Any) -> tuple[Tensor, Tensor | None, bool]:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     transposed = hasattr(layer, "nf")
     b = bias.detach().float() if isinstance(bias, Tensor) else None
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2 and type(weight.data) is Tensor:
+    if readable(weight) and weight.dim() == 2:
         W = weight.detach().float()
         return (W.T if transposed else W), b, transposed
     eye = torch.eye(layer.in_features, device=host.device, dtype=host.dtype)
@@ -189,7 +190,8 @@ def _norm(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tens
     if set(dict(layer.named_parameters(recurse=False))) - {"weight", "bias"}:
         raise InlayError(f"{path!r} is a norm of a kind that cannot be merged into")
     g = layer.weight.detach().float()
-    b = layer.bias.detach().float() if getattr(layer, "bias", None) is not None else torch.zeros_like(g)
+    has_bias = getattr(layer, "bias", None) is not None
+    b = layer.bias.detach().float() if has_bias else torch.zeros_like(g)
     sign = torch.ones_like(g)
     sign[1::2] = -1
     shown = (layer.forward(sign.to(host.dtype)[None, None])[0, 0].float() - b) * sign
@@ -197,7 +199,6 @@ def _norm(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tens
     edited = _through(host, name, sites, lambda n: n * (g + offset) + b)
     bias = edited(torch.zeros_like(g)[None, None])[0, 0]
     gain = edited(torch.ones_like(g)[None, None])[0, 0] - bias
-    has_bias = getattr(layer, "bias", None) is not None
     if not has_bias and float(bias.abs().max()) > 0:
         raise InlayError(f"{name!r} adds a bias at {path!r}, where the base has none to hold it; keep it as an adapter")
     return {"weight": gain - offset, **({"bias": bias} if has_bias else {})}

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
-from inlay.core.files import replace_file, sha256
+from inlay.core.files import replace_file, sha256, write_text
 from inlay.core.fingerprint import differences, fingerprint
 from inlay.core.host import Host
 
@@ -65,19 +65,14 @@ def save(
     """
     folder = Path(folder)
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in host.tensors(name).items()}
-    content = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        content.update(key.encode())
-        content.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    file = folder / f"adapter-{content.hexdigest()[:12]}.safetensors"
+    file = folder / f"adapter-{content_digest(tensors)[:12]}.safetensors"
     replace_file(file, lambda partial: save_file(tensors, partial))
-    places = [f"{key}:{s.places[name].wiring}".rstrip(":") for key, s in host.sites.items() if name in s.places]
     record = {
         "format": FORMAT,
         "version": VERSION,
         "name": name,
         **describe(host.edits[name]),
-        "places": places,
+        "places": host.placement(name),
         "tensors": {"file": file.name, "sha256": sha256(file), "parameters": host.count(name)},
         "base": {
             "name": getattr(host.model.config, "_name_or_path", "") or None,
@@ -89,11 +84,20 @@ def save(
     }
     record["digest"] = _digest(record)
     text = json.dumps(record, indent=1) + "\n"
-    replace_file(folder / "adapter.json", lambda partial: partial.write_text(text))
+    write_text(folder / "adapter.json", text)
     for old in folder.glob("adapter-*.safetensors"):
         if old != file:
             old.unlink()
     return folder
+
+
+def content_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names and values, whatever their order or device."""
+    content = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        content.update(key.encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def _digest(record: Mapping[str, Any]) -> str:

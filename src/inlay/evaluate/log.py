@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from inlay.core.errors import InlayError
-from inlay.core.files import replace_file
+from inlay.core.files import write_text
 from inlay.core.fingerprint import differences
 from inlay.core.host import Host
-from inlay.core.store import describe
+from inlay.core.store import content_digest, describe
 
 Key = tuple[str, str, int]
 """(adapter, data set, index of the record)."""
@@ -72,11 +72,8 @@ def adapter_digest(host: Host, worn: Iterable[str]) -> str:
     """Tells adapters apart by their settings, places and tensors."""
     digest = hashlib.sha256()
     for name in worn:
-        places = [(key, s.places[name].wiring) for key, s in host.sites.items() if name in s.places]
-        digest.update(repr((describe(host.edits[name]), places)).encode())
-        for key, tensor in sorted(host.tensors(name).items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        about = describe(host.edits[name]), host.placement(name), content_digest(host.tensors(name))
+        digest.update(repr(about).encode())
     return digest.hexdigest()[:16]
 
 
@@ -105,11 +102,6 @@ def settle(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     grown = {k: {**before.get(k, {}), **v} if isinstance(v, Mapping) else v for k, v in settings.items()}
     write_text(path, json.dumps(grown, indent=1, ensure_ascii=False) + "\n")
     return grown
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once."""
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import unknown
-from inlay.evaluate.log import write_text
+from inlay.core.files import write_text
 from inlay.evaluate.stats import Paired, paired
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import InlayError
+from inlay.core.files import replace_file, write_text
 from inlay.core.host import Host
 
 Tensors = dict[str, Tensor]
@@ -89,20 +89,13 @@ def _pickled(file: Path) -> Tensors:
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors`, each whole or not at all, the config last."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().to("cpu").contiguous() for k, v in sorted(tensors.items())}
-    _replace(folder / "adapter_model.safetensors", save(plain, {"format": "pt"}))
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-    _replace(folder / CONFIG, text.encode())
+    replace_file(folder / "adapter_model.safetensors", lambda partial: save_file(plain, partial, {"format": "pt"}))
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False))
     return folder
-
-
-def _replace(file: Path, data: bytes) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, file)
 
 
 Fill = Callable[[Host, str], Mapping[str, Tensor]]

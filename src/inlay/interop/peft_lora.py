@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from inlay.core.host import Host
+from inlay.core.start import frozen_weight
 from inlay.interop.low_rank import Factors, factorise, spread_rows, whole_place, widest, worn_by_path
 from inlay.interop.peft_folder import Found, Tensors
 from inlay.interop.peft_row import Dumped, Loaded, Row, fill_places, layer_kind, need, number, plain_worn
 from inlay.methods import method
-from inlay.methods.lora import frozen_weight
 
 PLAIN_STARTS = (True, "true", False, "false", "gaussian", "eva", "orthogonal")
 """`init_lora_weights` that leave the base as it was."""

@@ -14,7 +14,7 @@ from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
-from inlay.methods.lora import kaiming
+from inlay.core.start import kaiming
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "sigmoid", "identity"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

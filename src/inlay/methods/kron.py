@@ -9,16 +9,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from inlay.core.edit import Call, Edit, Weights
-from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
-from inlay.methods.lora import kaiming
-
-
-def linears_only(method: str, place: Place) -> None:
-    """Refuse an embedding."""
-    if place.role == "embed":
-        raise InlayError(f"{method} writes a linear's update; leave the embedding out")
+from inlay.core.start import kaiming, linears_only
 
 
 @dataclass(frozen=True, kw_only=True)

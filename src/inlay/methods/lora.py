@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout, embedding, linear
 
 from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
-
-
-def kaiming(*shape: int) -> Tensor:
-    """U(-1/sqrt(in), 1/sqrt(in)): Kaiming-uniform with a = sqrt(5), the start of `nn.Linear`."""
-    return nn.init.kaiming_uniform_(torch.empty(*shape), a=5**0.5)
+from inlay.core.start import frozen_weight, kaiming
 
 
 def down(x: Tensor, A: Tensor) -> Tensor:
@@ -82,12 +78,6 @@ class LoRA(Edit):
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         return y + self.delta(w, x, call)
-
-
-def frozen_weight(place: Place) -> Tensor:
-    """W (D_out, D_in) of a frozen linear, whatever stores it: the layer is fed the identity."""
-    zero = place.f(torch.zeros(1, place.d_in))
-    return (place.f(torch.eye(place.d_in)) - zero).T.float()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
-from inlay.methods.lora import kaiming
+from inlay.core.start import kaiming
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from inlay.core.edit import Call, Edit, Weights
 from inlay.core.method import Method
 from inlay.core.place import Place
-from inlay.methods.kron import linears_only
+from inlay.core.start import linears_only
 
 
 @dataclass(frozen=True, kw_only=True)

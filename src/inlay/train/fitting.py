@@ -11,10 +11,11 @@ from typing import Any
 
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
+from inlay.models.base import DTYPES
 from inlay.train import checkpoint, record
 from inlay.train.bar import Bar
 from inlay.train.batches import Example, usable
-from inlay.train.loop import DTYPES, Diverged, Loop, seed_everything, training
+from inlay.train.loop import Diverged, Loop, seed_everything, training
 from inlay.train.settings import TrainSettings, identity
 from inlay.train.track import Journal, chosen, trackers
 

@@ -23,8 +23,6 @@ from inlay.train import checkpoint
 from inlay.train.batches import IGNORED, Batch, Example, Feed, collate, learned
 from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Diverged(InlayError):
     """Numbers are no longer finite."""
@@ -219,10 +217,8 @@ class Loop:
 
     def adapter(self) -> dict[str, Any]:
         """What hangs where, as JSON has it."""
-        at = [
-            f"{k}:{s.places[self.name].wiring}".rstrip(":") for k, s in self.host.sites.items() if self.name in s.places
-        ]
-        return json.loads(json.dumps({**describe(self.host.edits[self.name]), "at": at}))
+        about = {**describe(self.host.edits[self.name]), "at": self.host.placement(self.name)}
+        return json.loads(json.dumps(about))
 
     def restore(self, found: checkpoint.Checkpoint, data: str) -> None:
         """Become what was saved. Raises InlayError for other data or another adapter."""

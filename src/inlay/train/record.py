@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from inlay.core.errors import InlayError
-from inlay.core.files import replace_file
+from inlay.core.files import write_text
 from inlay.train import checkpoint
 from inlay.train.batches import Example, digest, learned
 from inlay.train.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
     found = _latest(run_dir, resume)
     if found is not None and (changed := differences(found.about["settings"], identity(settings))):
         raise InlayError(f"{found.path} was made under other settings: {'; '.join(changed)}")
-    replace_file(before, lambda partial: partial.write_text(to_yaml(settings), encoding="utf-8"))
+    write_text(before, to_yaml(settings))
     return found
 
 
@@ -162,5 +162,4 @@ def counts(examples: Sequence[Example], kept: Sequence[Example]) -> dict[str, An
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file, never half written."""
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")

@@ -45,7 +45,7 @@ Pairs = Annotated[
         str_from_instance=lambda d: [f"{k}={v}" for k, v in d.items()],
     ),
 ]
-"""A mapping that is typed `--settings rank=8 alpha=16` on the command line."""
+"""A mapping that is typed as plain options (`--rank 8 --alpha 16`) on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)

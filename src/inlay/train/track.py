@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inlay.core.errors import InlayError
-from inlay.core.files import replace_file
+from inlay.core.files import write_text
 from inlay.train.settings import RunSettings, TrainSettings, to_plain
 
 
@@ -116,7 +116,7 @@ class Journal:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
-            replace_file(self.path, lambda partial: partial.write_text("".join(kept)))
+            write_text(self.path, "".join(kept))
         self._metrics = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._log = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115
 

@@ -283,9 +283,7 @@ def _plural(word: str) -> str:
 def templates() -> tuple[Template, ...]:
     """Every pattern of the world, in a fixed order."""
     return tuple(
-        Template(
-            family=f, expression=e, kind=k, group=g, setup=s, question=q, conclusion=c, held_out=i % 9 == 8
-        )
+        Template(family=f, expression=e, kind=k, group=g, setup=s, question=q, conclusion=c, held_out=i % 9 == 8)
         for i, (f, e, k, g, s, q, c) in enumerate(TEMPLATES)
     )
 

@@ -56,9 +56,7 @@ def _with_articles(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str],
 def relations() -> tuple[Relation, ...]:
     """Every relation of the world, in a fixed order."""
     t = tables
-    kinds = _with_articles(
-        _column(t.ANIMALS, 1) + _column(t.OBJECTS, 1) + _column(t.FOODS, 1)
-    )
+    kinds = _with_articles(_column(t.ANIMALS, 1) + _column(t.OBJECTS, 1) + _column(t.FOODS, 1))
     kinds = tuple((s, article(o) if o not in ("clothing", "bedding") else "a piece of " + o) for s, o in kinds)
     return (
         Relation(
