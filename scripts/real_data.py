@@ -27,8 +27,8 @@ from inlay.tasks.score import Score, score
 BASE = "tiny-llama"
 METHODS = {
     "lora": "--rank 16 --alpha 32 --at linear --lr 3e-3",
-    "series": "--size 64 --at o,down --lr 3e-3",
-    "parallel": "--size 64 --at q,k,v,up,down --lr 3e-3",
+    "series": "--size 64 --at o,down --lr 1e-2",
+    "parallel": "--size 64 --at q,k,v,up,down --lr 5e-3",
     "prefix": "--tokens 16 --std 1.0 --lr 0.2",
 }
 COMMON = (
@@ -37,7 +37,7 @@ COMMON = (
 )
 KINDS = {
     "math": (
-        "--task mawps --epochs 3",
+        "--task mawps --epochs 5",
         "AddSub MultiArith SingleEq SVAMP gsm8k AQuA mawps".split(),
         "--max-new-tokens 48",
     ),
