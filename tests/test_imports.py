@@ -14,6 +14,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "inlay"
 FLOORS = (
     ("core",),
     ("methods", "models", "deltas", "interop", "tasks", "api", "__init__"),
+    ("engine",),
     ("train", "evaluate", "knowledge", "library", "plan"),
     ("study", "serve", "demo"),
     ("cli", "__main__"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from inlay.core import replay, room
 from inlay.core.edit import Edit, Weights
 from inlay.core.errors import InlayError, unknown
+from inlay.core.layout import Layout, lay_out
 from inlay.core.place import Anatomy, locate
-from inlay.core.route import STRATEGIES, Route, Worn, read_plan, route, spread
+from inlay.core.route import STRATEGIES, Route, Worn, read_plan, route, route_packed, spread
 from inlay.core.site import Site, Wear
 
 
@@ -57,6 +58,7 @@ class Host:
         self._bare = True
         self._depth = 0
         self._wide = 0
+        self._layout: Layout | None = None
         self._ready: tuple[Route, room.Room | None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
@@ -223,6 +225,24 @@ class Host:
         finally:
             self._choose(tuple(tuple(n for n in names if n in self.edits) for names in before[0]), before[1])
 
+    @contextlib.contextmanager
+    def packed(self, layout: Layout) -> Iterator[Host]:
+        """Forwards in this block are packed batches of that layout; the plan names one entry per sequence.
+
+        The caller gives ids, position ids and attention that keeps sequences apart (`inlay.engine`).
+        """
+        self._layout = layout
+        try:
+            yield self
+        finally:
+            self._layout = None
+
+    def lay_out(
+        self, lengths: Sequence[int], parents: Sequence[int | None] | None = None, width: int | None = None
+    ) -> Layout:
+        """Where sequences under the present plan stand in a packed batch (see `inlay.core.layout.lay_out`)."""
+        return lay_out(lengths, spread(self.plan, len(lengths)), self.edits, parents, width).to(self.device)
+
     def _known(self, name: str) -> None:
         if name not in self.edits:
             raise unknown("adapter", name, self.edits, "Hang it first with add() or load().")
@@ -288,6 +308,11 @@ class Host:
         if self._depth > 1:
             return None
         past = kwargs.get("past_key_values")
+        if self._layout is not None:
+            if past is not None:
+                raise InlayError("a packed forward has no KV cache: leave past_key_values and use_cache out")
+            self.now = self._routed_packed(self._layout, model.training)
+            return None
         if self._bare:
             self.now = Route()
             _same_room(past, 0)
@@ -314,6 +339,15 @@ class Host:
         if past is not None and not seen:
             past._inlay_wide = space.wide
         return (), kwargs
+
+    def _routed_packed(self, layout: Layout, training: bool) -> Route:
+        if self._checkpointed and torch.is_grad_enabled():
+            replay.wrap(self, self._checkpointed)
+        with torch.inference_mode(False):
+            made = route_packed(self.plan, list(self.edits), layout)
+            owner = layout.owner_RW.flatten().clamp(min=0)
+            side = {k: v[owner // (len(layout.length_N) // len(v))] for k, v in self.side.items()}
+        return replace(made, training=training, side=side)
 
     def _routed(self, batch: int) -> tuple[Route, room.Room | None]:
         with torch.inference_mode(False):  # a plan made while evaluating may be trained under later

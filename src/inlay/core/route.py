@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError, unknown
+
+if TYPE_CHECKING:
+    from inlay.core.layout import Layout
 
 Worn = tuple[str, ...]
 """What one row wears: names of adapters, none for the bare model."""
@@ -38,6 +42,8 @@ class Route:
     """positional adapter -> column where its reserved columns begin (B,)."""
     seen: int = 0
     training: bool = False
+    layout: Layout | None = None
+    """Set in a packed forward: rows are then single tokens, R W of them."""
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
     def call(self, name: str, place) -> Call:
@@ -70,13 +76,21 @@ def spread(plan: tuple[Worn, ...], batch: int) -> tuple[Worn, ...]:
 
 def route(plan: tuple[Worn, ...], order: Sequence[str], batch: int, device: torch.device) -> Route:
     """Turn a plan into row indices. `order` keeps one compiled graph for every plan over the same adapters."""
-    rows, mine = {}, {}
     whole = spread(plan, batch)
-    for name in (n for n in order if any(n in names for names in plan)):
-        wears = [name in names for names in whole]
-        mine[name] = torch.tensor(wears, device=device)
-        rows[name] = None if all(wears) else mine[name].nonzero()[:, 0]
+    wears = {n: [n in names for names in whole] for n in order if any(n in names for names in plan)}
+    mine = {n: torch.tensor(w, device=device) for n, w in wears.items()}
+    rows = {n: None if all(w) else mine[n].nonzero()[:, 0] for n, w in wears.items()}
     return Route(rows, mine, batch, all(len(names) < 2 for names in whole))
+
+
+def route_packed(plan: tuple[Worn, ...], order: Sequence[str], layout: Layout) -> Route:
+    """The same for the tokens of a packed batch; the plan names one entry per sequence, or one for all."""
+    owner = layout.owner_RW.flatten()
+    by_sequence = route(plan, order, len(layout.length_N), owner.device)
+    stands = owner >= 0
+    mine = {n: m[owner.clamp(min=0)] & stands for n, m in by_sequence.mine.items()}
+    rows = {n: None if r is None else mine[n].nonzero()[:, 0] for n, r in by_sequence.rows.items()}
+    return Route(rows, mine, len(owner), by_sequence.disjoint, first=layout.first, layout=layout)
 
 
 Job = tuple[str, Edit, Weights, Call]

@@ -142,10 +142,15 @@ class Site(nn.Module):
 
     def _rows(self, t: Tensor) -> Tensor:
         """(B, T, ...) even where a decoder has flattened rows and tokens into one (OPT's MLP does)."""
-        batch = self._host[0].now.batch
-        if t.shape[0] == batch:
+        now = self._host[0].now
+        batch = now.batch
+        if now.layout is not None:
+            wide = 2 if tuple(t.shape[:2]) == now.layout.shape else 1
+            if t.shape[:wide].numel() == batch:
+                return t.reshape(batch, 1, *t.shape[wide:])
+        elif t.shape[0] == batch:
             return t
-        if t.dim() == 2 and t.shape[0] % batch == 0:
+        if now.layout is None and t.dim() == 2 and t.shape[0] % batch == 0:
             return t.unflatten(0, (batch, -1))
         raise InlayError(
             f"{self.spot.path} sees {tuple(t.shape)}, where the {batch} rows of the batch cannot be told apart; "

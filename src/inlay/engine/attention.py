@@ -1,0 +1,147 @@
+"""Attention that keeps the sequences of a packed batch apart, family by family, in any decoder.
+
+Decoders on transformers' attention interface get a function that calls scaled-dot-product attention once per family:
+nothing is spent on pairs that cannot see each other. Decoders with attention of their own (GPT-J, BLOOM, Falcon) get a
+dense mask. Either is registered under a name of the host's own, so that it finds that host's layout, also when
+gradient checkpointing replays a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, softmax
+
+from inlay.core.errors import InlayError
+from inlay.core.host import Host
+from inlay.core.layout import Family, Layout
+
+UNKNOWN = ("s_aux", "position_bias")
+"""Arguments of attention interfaces that change the mathematics and are not served here."""
+
+
+def has_interface(model: Any) -> bool:
+    """Whether a decoder's attention is looked up by name, so that another one can take its place."""
+    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+@contextlib.contextmanager
+def apart(host: Host) -> Iterator[None]:
+    """Within the block, packed forwards of this host attend within families only."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config, name = host.model.config, f"inlay-{id(host)}"
+    before = config._attn_implementation
+    interface = has_interface(host.model)
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **more: Any):
+        layout = host.now.layout
+        if layout is None:
+            raise InlayError("attention over packs met a batch that is none; leave the block `apart(host)` first")
+        return attention(layout, query, key, value, **more), None
+
+    def dense(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
+        layout = host.now.layout
+        if interface or layout is None:
+            return None
+        sees = layout.sees()[:, None]
+        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, dense)
+    _name(config, name)
+    try:
+        yield
+    finally:
+        _name(config, before)
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _name(config: Any, name: str | None) -> None:
+    """Set the implementation of a config and its parts, past the checks that ask for built-in names."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part._attn_implementation_internal = name
+
+
+def attention(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> Tensor:
+    """Attention of a packed batch: q (R, H, W, D), k and v (R, H_kv, W, D) -> (R, W, H, D)."""
+    if strange := [n for n in UNKNOWN if more.get(n) is not None]:
+        raise InlayError(f"attention with {strange[0]!r} cannot be packed; use engine='plain'")
+    R, H, W, _ = query.shape
+    if (times := H // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    sizes, pieces = _cuts(layout)
+    parts = [t.split(sizes) for t in (q, k, v)]
+    said = []
+    for own, q_, k_, v_ in zip(pieces, *parts, strict=True):
+        if own is None:
+            said.append(v_)
+            continue
+        q_, k_, v_ = (t.transpose(0, 1)[None] for t in (q_, k_, v_))
+        mask = _seen(own, sliding_window, query.device)
+        if softcap is None:
+            out = scaled_dot_product_attention(
+                q_, k_, v_, mask, dropout, is_causal=mask is None and own.length > 1, scale=scaling
+            )
+        else:
+            out = _capped(q_, k_, v_, mask, scaling, softcap, dropout)
+        said.append(out[0].transpose(0, 1))
+    return torch.cat(said).view(R, W, H, -1)
+
+
+def _cuts(layout: Layout) -> tuple[list[int], list[Family | None]]:
+    """Sizes of consecutive pieces of the flattened batch, and the family in each (None: empty columns)."""
+    sizes: list[int] = []
+    pieces: list[Family | None] = []
+    at, W = 0, layout.shape[1]
+    for f in layout.families:
+        begin = f.row * W + f.start
+        if begin > at:
+            sizes.append(begin - at)
+            pieces.append(None)
+        sizes.append(f.length)
+        pieces.append(f)
+        at = begin + f.length
+    if at < layout.shape[0] * W:
+        sizes.append(layout.shape[0] * W - at)
+        pieces.append(None)
+    return sizes, pieces
+
+
+def _seen(own: Family, window: int | None, device: torch.device) -> Tensor | None:
+    """A family's mask (T, T); None where plain causality says it all."""
+    if not window or own.length <= window:
+        return own.mask_TT
+    if own.mask_TT is not None:
+        raise InlayError("sequences that continue others cannot be longer than the sliding window")
+    near = torch.ones(own.length, own.length, dtype=torch.bool, device=device)
+    return near.tril_().triu_(1 - window)
+
+
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float, dropout: float
+) -> Tensor:
+    """Gemma 2's attention: scores pass cap tanh(s / cap) before the softmax."""
+    scores = q @ k.mT * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = cap * torch.tanh(scores / cap)
+    T = q.shape[-2]
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril_() if mask is None else mask
+    p = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1, dtype=torch.float32).to(q.dtype)
+    return torch.nn.functional.dropout(p, dropout) @ v

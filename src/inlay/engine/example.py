@@ -1,0 +1,24 @@
+"""What is trained on and scored: rows of tokens with labels."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+IGNORED = -100
+
+
+class Example(Protocol):
+    """One row of tokens, as `inlay.tasks.encode` makes it."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids."""
+
+    @property
+    def labels(self) -> list[int]:
+        """The same, -100 where nothing is learned."""
+
+
+def learned(example: Example) -> int:
+    """Tokens of an example that are predicted from those before: the first one never is."""
+    return sum(label != IGNORED for label in example.labels[1:])

@@ -1,0 +1,64 @@
+"""From a packed forward to scores: the head sees the scored positions and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from inlay.core.fingerprint import readable
+from inlay.core.host import Host
+from inlay.engine.loss import ROOM, linear_cross_entropy
+from inlay.engine.pack import Pack
+
+
+def hidden(host: Host, pack: Pack) -> Tensor:
+    """Last hidden states of the scored positions (N, D). Call under `apart(host)`."""
+    with host.packed(pack.layout):
+        out: Any = host.model.base_model(**pack.inputs, use_cache=False)
+    return out.last_hidden_state.flatten(0, 1)[pack.scored_N]
+
+
+def log_likelihood(host: Host, pack: Pack) -> Tensor:
+    """log p(target) at each scored position (N,), float32, no gradients."""
+    h = hidden(host, pack)
+    head = host.model.get_output_embeddings()
+    found = []
+    for part, target in zip(h.split(_step(head)), pack.target_N.split(_step(head)), strict=True):
+        logits = head(part[None])[0].float()
+        found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(found)
+
+
+def loss_sum(host: Host, pack: Pack) -> Tensor:
+    """Cross entropy summed over the scored positions, float32."""
+    h = hidden(host, pack)
+    head = host.model.get_output_embeddings()
+    if _plain(host, head):
+        return linear_cross_entropy(h, head.weight, getattr(head, "bias", None), pack.target_N)
+    # A head with an adapter, or one that is quantised: called, and called again in backward.
+    total = h.new_zeros((), dtype=torch.float32)
+    for part, target in zip(h.split(_step(head)), pack.target_N.split(_step(head)), strict=True):
+        total = total + (
+            checkpoint(_slice, head, part, target, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else _slice(head, part, target)
+        )
+    return total
+
+
+def _slice(head: Any, part: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(head(part[None])[0].float(), target, reduction="sum")
+
+
+def _plain(host: Host, head: Any) -> bool:
+    worn = {name for names in host.plan for name in names}
+    edited = "head" in host.sites and worn & host.sites["head"].places.keys()
+    return not edited and type(head) is torch.nn.Linear and readable(head.weight)
+
+
+def _step(head: Any) -> int:
+    return max(1, ROOM // head.out_features)

@@ -1,0 +1,46 @@
+"""Cross entropy of a frozen head's logits, a slice of positions at a time: the logits never exist all at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+ROOM = 1 << 24
+"""Logits held at a time (64 MiB in float32)."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_n -log softmax(W h_n + b)[target_n] for frozen W, b.
+
+    The gradient W^T (p - onehot) is made beside the loss, while a slice's logits are there, so that backward computes
+    no logits again and nothing but a tensor of h's size is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
+        step = max(1, ROOM // len(W_VD))
+        grad_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        total = h_ND.new_zeros((), dtype=torch.float64)
+        for at in range(0, len(h_ND), step):
+            part = slice(at, at + step)
+            logits = linear(h_ND[part], W_VD, b_V).float()
+            target = target_N[part, None]
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(1, target)).sum(dtype=torch.float64)
+            if grad_ND is not None:
+                p = logits.sub_(lse).exp_()
+                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                torch.mm(p.to(W_VD.dtype), W_VD, out=grad_ND[part])
+        ctx.save_for_backward(grad_ND)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grad.to(grad_ND.dtype), None, None, None
+
+
+def linear_cross_entropy(h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
+    """Summed cross entropy in float32; no gradient reaches W and b."""
+    return LinearCrossEntropy.apply(h_ND, W_VD, b_V, target_N)  # type: ignore[no-any-return]

@@ -1,0 +1,89 @@
+"""Packs: sequences laid out in one batch, with the positions whose next token is scored."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.core.host import Host
+from inlay.core.layout import Layout, rows_of
+from inlay.engine.attention import has_interface
+from inlay.engine.example import IGNORED, Example
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed batch (R, W), ready for a forward under `host.packed(pack.layout)` and `apart(host)`."""
+
+    inputs: Mapping[str, Tensor]
+    """What the decoder is called with."""
+    layout: Layout
+    scored_N: Tensor
+    """Places in the flattened batch whose hidden state predicts a target, in the order of sequences and tokens."""
+    target_N: Tensor
+    """The ids they should predict."""
+    tokens: int
+    """Tokens of the sequences: neither virtual nor empty."""
+
+    @property
+    def learned(self) -> int:
+        """Scored positions."""
+        return len(self.target_N)
+
+
+def pack(
+    host: Host,
+    ids: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    parents: Sequence[int | None] | None = None,
+    filler: int = 0,
+) -> Pack:
+    """Sequences in one pack under the host's present plan.
+
+    Args:
+        labels: per token, its id where it is scored and -100 elsewhere. A token is predicted from the one before it:
+            the last of its parent, for the first of a sequence that has one. Other first tokens are never scored.
+        parents: see `inlay.core.layout.lay_out`.
+        filler: id for virtual and empty columns; which one does not matter.
+    """
+    # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
+    width = None if has_interface(host.model) else 1
+    layout = host.lay_out([len(s) for s in ids], parents, width)
+    scored: list[int] = []
+    target: list[int] = []
+    for n, own in enumerate(labels):
+        parent = parents[n] if parents is not None else None
+        before = None if parent is None else layout.index(parent, len(ids[parent]) - 1)
+        at = layout.index(n)
+        for t, label in enumerate(own):
+            if label == IGNORED or (t == 0 and before is None):
+                continue
+            scored.append(before if t == 0 else at + t - 1)  # type: ignore[arg-type]
+            target.append(label)
+    device = host.device
+    tokens = layout.fill(ids, filler).to(device)
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if takes_positions(host.model):
+        inputs["position_ids"] = layout.position_RW
+    return Pack(
+        inputs,
+        layout,
+        torch.tensor(scored, dtype=torch.long, device=device),
+        torch.tensor(target, dtype=torch.long, device=device),
+        sum(map(len, ids)),
+    )
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a decoder is told positions (BLOOM counts them itself: its ALiBi only looks at differences)."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def packs(host: Host, examples: Sequence[Example], budget: int, filler: int = 0) -> list[list[Example]]:
+    """Examples in groups of at most `budget` tokens (a longer one alone), each the content of one pack."""
+    return [[examples[i] for i in own] for own in rows_of([len(e.input_ids) for e in examples], budget)]
