@@ -32,17 +32,17 @@ def test_grouping_saves_padding():
 
 def test_a_step_is_the_same_however_it_is_reached():
     data = rows(23)
-    forward = Feed(data, 4, 3, 1, True)
+    forward = Feed(data, 4, 1, True)
     walked = [forward.step(i) for i in range(14)]
-    assert forward.per_epoch == 6 and [sum(map(len, s)) for s in walked[:6]] == [4, 4, 4, 4, 4, 3]
+    assert forward.per_epoch == 6 and [len(s) for s in walked[:6]] == [4, 4, 4, 4, 4, 3]
     for i in (13, 0, 7, 6):
-        assert Feed(data, 4, 3, 1, True).step(i) == walked[i]
-    assert {id(e) for s in walked[:6] for m in s for e in m} == {id(e) for e in data}
+        assert Feed(data, 4, 1, True).step(i) == walked[i]
+    assert {id(e) for s in walked[:6] for e in s} == {id(e) for e in data}
 
 
 @pytest.mark.parametrize(("epochs", "steps", "total"), [(3, None, 18), (0.5, None, 3), (0.01, None, 1), (3, 5, 5)])
 def test_length_of_a_run(epochs, steps, total):
-    assert Feed(rows(23), 4, 4, 0, False).steps(epochs, steps) == total
+    assert Feed(rows(23), 4, 0, False).steps(epochs, steps) == total
 
 
 def test_collate():

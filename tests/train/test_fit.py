@@ -95,16 +95,15 @@ def test_full_fine_tuning_is_plain_training(tmp_path):
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
     from inlay.train.batches import Feed, collate, learned
-    from inlay.train.loop import loss_sum, schedule
+    from inlay.train.loop import schedule
+    from inlay.train.ways import loss_sum
 
     s = settings(tmp_path, steps=5, lr=1e-3)
-    rate, feed = schedule(optimizer, s.optim, 5), Feed(data, 4, 2, s.run.seed, False)
+    rate, feed = schedule(optimizer, s.optim, 5), Feed(data, 4, s.run.seed, False)
     losses = []
     for step in range(5):
-        micros = feed.step(step)
-        loss = sum(loss_sum(plain, collate(m, 0, torch.device("cpu"))) for m in micros) / sum(
-            learned(e) for m in micros for e in m
-        )
+        chosen = feed.step(step)
+        loss = loss_sum(plain, collate(chosen, 0, torch.device("cpu"))) / sum(map(learned, chosen))
         loss.backward()
         optimizer.step()
         rate.step()
@@ -138,7 +137,7 @@ def test_best_or_last(tmp_path):
     """A learning rate that makes things worse after step 2: `best` must not be the end."""
     data, val = rows(8), rows(6, seed=9)
     best, last = wearing(), wearing()
-    changes = {"eval_every": 1, "steps": 12, "lr": 0.5, "keep_last": 1, "save_every": 3, "warmup": 4}
+    changes = {"eval_every": 1, "steps": 12, "lr": 3.0, "keep_last": 1, "save_every": 3, "warmup": 4}
     r = fit(best, "a", data, val, settings(tmp_path / "best", **changes), tmp_path / "best", None)
     vals = [m["val_loss"] for m in lines(tmp_path / "best")]
     assert r.final == "best" and r.val_loss == min(vals) and r.best_step == vals.index(min(vals)) + 1 < 12
@@ -174,14 +173,14 @@ def test_penalty_and_after_step_are_called(tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite_stops_and_tells_the_last_checkpoint(tmp_path, monkeypatch, where):
-    from inlay.train import loop
+    from inlay.train.ways import Packed
 
-    host, real, calls = wearing(), loop.loss_sum, []
+    host, real, calls = wearing(), Packed.loss, []
 
-    def sabotage(model, batch):
+    def sabotage(way, examples):
         calls.append(1)
-        out = real(model, batch)
-        if len(calls) == 9:  # two micro-batches a step: step 5
+        out = real(way, examples)
+        if len(calls) == 6:  # the trial before the run, then one pack a step: step 5
             kept.update(copy(host))
             return out * float("nan") if where == "loss" else Explode.apply(out)
         return out
@@ -196,12 +195,12 @@ def test_not_finite_stops_and_tells_the_last_checkpoint(tmp_path, monkeypatch, w
             return g * float("inf")
 
     kept: dict = {}
-    monkeypatch.setattr(loop, "loss_sum", sabotage)
+    monkeypatch.setattr(Packed, "loss", sabotage)
     with pytest.raises(Diverged, match=r"at step 5.*checkpoint-4"):
         fit(host, "a", rows(16), [], settings(tmp_path, steps=10), tmp_path, None)
     assert same(kept, copy(host)), "the step with the bad numbers must not be taken"
     assert "stopped after step 4" in (tmp_path / "log.txt").read_text()
-    monkeypatch.setattr(loop, "loss_sum", real)
+    monkeypatch.setattr(Packed, "loss", real)
     assert fit(wearing(), "a", rows(16), [], settings(tmp_path, steps=10), tmp_path, None, resume=True).steps == 10
 
 

@@ -37,7 +37,7 @@ def loss_sum(host: Host, pack: Pack) -> Tensor:
     """Cross entropy summed over the scored positions, float32."""
     h = hidden(host, pack)
     head = host.model.get_output_embeddings()
-    if _plain(host, head):
+    if _frozen(head):
         return linear_cross_entropy(h, head.weight, getattr(head, "bias", None), pack.target_N)
     # A head with an adapter, or one that is quantised: called, and called again in backward.
     total = h.new_zeros((), dtype=torch.float32)
@@ -54,10 +54,10 @@ def _slice(head: Any, part: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(head(part[None])[0].float(), target, reduction="sum")
 
 
-def _plain(host: Host, head: Any) -> bool:
-    worn = {name for names in host.plan for name in names}
-    edited = "head" in host.sites and worn & host.sites["head"].places.keys()
-    return not edited and type(head) is torch.nn.Linear and readable(head.weight)
+def _frozen(head: Any) -> bool:
+    """Whether a head is its weight and nothing else; any hook, an adapter's for one, may change what it says."""
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return type(head) is torch.nn.Linear and readable(head.weight) and not hooked
 
 
 def _step(head: Any) -> int:

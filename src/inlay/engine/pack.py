@@ -84,6 +84,6 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def packs(host: Host, examples: Sequence[Example], budget: int, filler: int = 0) -> list[list[Example]]:
+def packs(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     """Examples in groups of at most `budget` tokens (a longer one alone), each the content of one pack."""
     return [[examples[i] for i in own] for own in rows_of([len(e.input_ids) for e in examples], budget)]

@@ -7,26 +7,12 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from inlay.core.errors import InlayError
-
-IGNORED = -100
-
-
-class Example(Protocol):
-    """One row of tokens, as `inlay.tasks.encode` makes it."""
-
-    @property
-    def input_ids(self) -> list[int]:
-        """Token ids."""
-
-    @property
-    def labels(self) -> list[int]:
-        """The same, -100 where nothing is learned."""
+from inlay.engine.example import IGNORED, Example, learned
 
 
 @dataclass(frozen=True)
@@ -40,11 +26,6 @@ class Batch:
     """Tokens that count in the loss."""
     tokens: int
     """Tokens without padding."""
-
-
-def learned(example: Example) -> int:
-    """Tokens of an example that are predicted from those before: the first one never is."""
-    return sum(label != IGNORED for label in example.labels[1:])
 
 
 def usable(examples: Sequence[Example], what: str) -> list[Example]:
@@ -102,8 +83,8 @@ class Feed:
     The last step of an epoch may have fewer examples than the others.
     """
 
-    def __init__(self, examples: Sequence[Example], batch: int, micro: int, seed: int, group: bool):
-        self.examples, self.batch, self.micro, self.seed, self.group = examples, batch, micro, seed, group
+    def __init__(self, examples: Sequence[Example], batch: int, seed: int, group: bool):
+        self.examples, self.batch, self.seed, self.group = examples, batch, seed, group
         self.lengths = [len(e.input_ids) for e in examples]
         self.per_epoch = math.ceil(len(examples) / batch)
         self._epoch: tuple[int, list[int]] = (-1, [])
@@ -112,10 +93,9 @@ class Feed:
         """Optimizer steps of the run."""
         return steps if steps is not None else max(1, math.ceil(epochs * self.per_epoch))
 
-    def step(self, number: int) -> list[list[Example]]:
-        """The micro-batches of optimizer step `number` (from 0): like lengths together, as padding is then least."""
+    def step(self, number: int) -> list[Example]:
+        """The examples of optimizer step `number` (from 0)."""
         epoch, at = divmod(number, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = epoch, order(self.lengths, self.seed, epoch, self.batch if self.group else 0)
-        chosen = sorted(self._epoch[1][at * self.batch : (at + 1) * self.batch], key=lambda i: -self.lengths[i])
-        return [[self.examples[i] for i in chosen[m : m + self.micro]] for m in range(0, len(chosen), self.micro)]
+        return [self.examples[i] for i in self._epoch[1][at * self.batch : (at + 1) * self.batch]]

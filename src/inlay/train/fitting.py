@@ -11,10 +11,11 @@ from typing import Any
 
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
+from inlay.engine.example import Example
 from inlay.models.base import DTYPES
 from inlay.train import checkpoint, record
 from inlay.train.bar import Bar
-from inlay.train.batches import Example, usable
+from inlay.train.batches import usable
 from inlay.train.loop import Diverged, Loop, seed_everything, training
 from inlay.train.settings import TrainSettings, identity
 from inlay.train.track import Journal, chosen, trackers
@@ -90,7 +91,7 @@ def fit(
         journal = Journal(run_dir, loop.step)
         stack.callback(journal.close)
         _announce(loop, journal, run_dir, found)
-        with training(host, name, settings.run.gradient_checkpointing):
+        with training(host, name, settings.run.gradient_checkpointing), loop.way.active():
             _run(loop, run_dir, data, journal, stack)
         return _finish(loop, run_dir, journal, about)
 
@@ -117,6 +118,8 @@ def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Che
         journal.say(f"go on from {found.path}, step {loop.step} of {loop.total}")
     if found is not None and changed:
         journal.say(f"this machine or software differs, so the result may, too: {'; '.join(changed)}")
+    if loop.notice:
+        journal.say(loop.notice)
     if loop.schedule.get_last_lr()[0] < loop.settings.optim.lr and loop.settings.optim.warmup >= loop.total:
         journal.say(
             f"warm-up ({loop.settings.optim.warmup:g} steps) is as long as the run: the full rate is not reached"

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.store import describe
+from inlay.engine.example import Example, learned
 from inlay.train import checkpoint
-from inlay.train.batches import IGNORED, Batch, Example, Feed, collate, learned
+from inlay.train.batches import Feed
 from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
+from inlay.train.ways import choose
 
 
 class Diverged(InlayError):
@@ -39,14 +40,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of a batch, summed over its learned tokens, in fp32."""
-    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    target = batch.labels[:, 1:]
-    keep = target != IGNORED
-    return F.cross_entropy(out.logits[:, :-1][keep].float(), target[keep], reduction="sum")
 
 
 @contextlib.contextmanager
@@ -93,10 +86,10 @@ class Loop:
     def __init__(
         self, host: Host, name: str, train: list[Example], val: list[Example], settings: TrainSettings, pad: int
     ):
-        self.host, self.name, self.settings, self.pad = host, name, settings, pad
-        self.edit, self.val = host.edits[name], sorted(val, key=lambda e: -len(e.input_ids))
+        self.host, self.name, self.settings = host, name, settings
+        self.edit, self.val = host.edits[name], val
         o = settings.optim
-        self.feed = Feed(train, o.batch_size, o.micro_batch, settings.run.seed, settings.data.group_by_length)
+        self.feed = Feed(train, o.batch_size, settings.run.seed, settings.data.group_by_length)
         self.total = self.feed.steps(o.epochs, o.steps)
         # Sorted by name: the optimizer's order must not depend on what else hangs on the model.
         named = {k: t for k, t in sorted(host.tensors(name).items()) if isinstance(t, nn.Parameter)}
@@ -107,6 +100,8 @@ class Loop:
         if half and host.device.type != "cuda":
             raise InlayError("fp16 trains on a GPU only (its gradients need scaling); use dtype fp32 or bf16 here")
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=half)
+        self.way, self.notice = choose(host, name, settings, pad, train)
+        """How batches are computed, and what is to be said of it."""
         self.method_state: dict[str, Tensor] = {}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best: tuple[float, int] | None = None
@@ -117,14 +112,13 @@ class Loop:
     def advance(self) -> dict[str, float]:
         """One optimizer step; returns its metrics. Raises Diverged, the adapter untouched, if one is not finite."""
         began, number, lr = time.perf_counter(), self.step + 1, self.schedule.get_last_lr()[0]
-        micros = self.feed.step(self.step)
-        count = sum(learned(e) for rows in micros for e in rows)
-        loss, tokens = 0.0, 0
-        for rows in micros:
-            batch = collate(rows, self.pad, self.host.device)
-            part = loss_sum(self.host.model, batch) / count
+        examples = self.feed.step(self.step)
+        count = sum(map(learned, examples))
+        loss = 0.0
+        for rows in self.way.split(examples):
+            part = self.way.loss(rows) / count
             self.scaler.scale(part).backward()
-            loss, tokens = loss + float(part.detach()), tokens + batch.tokens
+            loss += float(part.detach())
         penalty = self.edit.penalty(self.host.by_place(self.name))
         if penalty is not None:
             self.scaler.scale(penalty).backward()
@@ -132,7 +126,7 @@ class Loop:
         _finite(f"at step {number}, which was not taken", **metrics)
         updated = self._update(number)
         self.step = number
-        self.tokens += tokens
+        self.tokens += sum(len(e.input_ids) for e in examples)
         self.seconds += time.perf_counter() - began
         epoch = round(number / self.feed.per_epoch, 4)
         return {
@@ -176,12 +170,11 @@ class Loop:
     @torch.no_grad()
     def validate(self) -> float:
         """Validation loss per learned token; draws no random numbers."""
-        model, size = self.host.model, self.settings.optim.micro_batch
+        model = self.host.model
         model.eval()
-        batches = (collate(self.val[i : i + size], self.pad, self.host.device) for i in range(0, len(self.val), size))
-        sums = [(float(loss_sum(model, b)), b.learned) for b in batches]
+        total = math.fsum(float(self.way.loss(rows)) for rows in self.way.split(self.val))
         model.train()
-        loss = math.fsum(s for s, _ in sums) / sum(n for _, n in sums)
+        loss = total / sum(map(learned, self.val))
         _finite(f"after step {self.step}", val_loss=loss)
         return loss
 

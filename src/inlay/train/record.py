@@ -18,8 +18,9 @@ import torch
 
 from inlay.core.errors import InlayError
 from inlay.core.files import write_text
+from inlay.engine.example import Example, learned
 from inlay.train import checkpoint
-from inlay.train.batches import Example, digest, learned
+from inlay.train.batches import digest
 from inlay.train.checkpoint import Checkpoint
 from inlay.train.settings import TrainSettings, differences, identity, read_recipe, to_yaml
 

@@ -77,7 +77,7 @@ class OptimSettings:
     batch_size: int = 16
     """Examples per optimizer step."""
     micro_batch: int = 4
-    """Examples per forward; gradients are accumulated up to `batch_size`, exactly as if it were one batch."""
+    """Examples per forward of the plain engine; gradients add up to those of `batch_size`, as if it were one batch."""
     epochs: float = 3.0
     """Passes over the training set."""
     steps: int | None = None
@@ -104,6 +104,11 @@ class RunSettings:
     """Type of the frozen base (as stored if not given); the adapter is trained in fp32. fp16 needs a GPU."""
     device: str | None = None
     """Where to run, e.g. `cuda:0`; the GPU if there is one."""
+    engine: Literal["packed", "plain"] = "packed"
+    """Sequences packed side by side and logits only where tokens are learned, or padded rows through the whole model:
+    the same losses to rounding. Where packing cannot serve a model, the run says so and is plain."""
+    pack_tokens: int | None = None
+    """Tokens per forward of the packed engine; 1024 on a CPU and 8192 elsewhere if not given."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, more time."""
     eval_every: int = 0
@@ -146,6 +151,7 @@ class TrainSettings:
         o, r, d = self.optim, self.run, self.data
         at_least = [("batch_size", o.batch_size, 1), ("micro_batch", o.micro_batch, 1), ("cutoff", d.cutoff, 1)]
         at_least += [("keep_last", r.keep_last, 1), ("eval_every", r.eval_every, 0), ("save_every", r.save_every, 0)]
+        at_least += [("pack_tokens", 1 if r.pack_tokens is None else r.pack_tokens, 1)]
         at_least += [("val_size", d.val_size, 0), ("steps", 1 if o.steps is None else o.steps, 1)]
         for name, value, least in at_least:
             if value < least:

@@ -1,0 +1,117 @@
+"""Two ways to compute a batch: packed, the engine's, and plain, padded rows through the whole model.
+
+Both give the same summed loss, to rounding. Packing is tried against the plain way on a few examples before a run;
+where it cannot serve a model, the run says so and goes the plain way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inlay.core.host import Host
+from inlay.engine import head
+from inlay.engine.attention import apart
+from inlay.engine.example import IGNORED, Example
+from inlay.engine.pack import pack, packs
+from inlay.train.batches import Batch, collate
+from inlay.train.settings import TrainSettings
+
+BUDGET = {"cpu": 1024}
+"""Tokens of a pack by kind of device: what keeps it busy, and no more memory than that."""
+BUDGET_ELSEWHERE = 8192
+
+
+class Way(Protocol):
+    """How examples become losses."""
+
+    def split(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The examples of a step in groups, each one forward."""
+
+    def loss(self, rows: Sequence[Example]) -> Tensor:
+        """Cross entropy of a group, summed over its learned tokens, in fp32."""
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Around every forward and backward."""
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy of a padded batch, summed over its learned tokens, in fp32."""
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    target = batch.labels[:, 1:]
+    keep = target != IGNORED
+    return F.cross_entropy(out.logits[:, :-1][keep].float(), target[keep], reduction="sum")
+
+
+class Plain:
+    """Rows padded on the right to the longest of `micro`, logits for every column."""
+
+    def __init__(self, host: Host, pad: int, micro: int):
+        self.host, self.pad, self.micro = host, pad, micro
+
+    def split(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Like lengths together: padding is then least."""
+        rows = sorted(examples, key=lambda e: -len(e.input_ids))
+        return [rows[i : i + self.micro] for i in range(0, len(rows), self.micro)]
+
+    def loss(self, rows: Sequence[Example]) -> Tensor:
+        """One padded forward."""
+        return loss_sum(self.host.model, collate(rows, self.pad, self.host.device))
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to prepare."""
+        return contextlib.nullcontext()
+
+
+class Packed:
+    """Sequences side by side, up to `budget` tokens a forward; logits where a token is learned."""
+
+    def __init__(self, host: Host, pad: int, budget: int):
+        self.host, self.pad, self.budget = host, pad, budget
+
+    def split(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """As few packs as fit."""
+        return packs(examples, self.budget)
+
+    def loss(self, rows: Sequence[Example]) -> Tensor:
+        """One packed forward."""
+        made = pack(self.host, [r.input_ids for r in rows], [r.labels for r in rows], filler=self.pad)
+        return head.loss_sum(self.host, made)
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Attention within sequences."""
+        return apart(self.host)
+
+
+def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:
+    """The way to train `name`, and what the user should know about the choice (mostly nothing)."""
+    run = settings.run
+    plain = Plain(host, pad, settings.optim.micro_batch)
+    if run.engine == "plain":
+        return plain, ""
+    packed = Packed(host, pad, run.pack_tokens or BUDGET.get(host.device.type, BUDGET_ELSEWHERE))
+    why = _refused(host, name, plain, packed, sorted(examples, key=lambda e: len(e.input_ids))[:3])
+    return (plain, f"batches are padded, not packed: {why}") if why else (packed, "")
+
+
+@torch.no_grad()
+def _refused(host: Host, name: str, plain: Plain, packed: Packed, examples: Sequence[Example]) -> str:
+    """Why packing does not serve this model; empty if it does."""
+    training = host.model.training
+    host.model.eval()
+    try:
+        with host.using(name):
+            want = float(plain.loss(examples))
+            with packed.active():
+                got = float(packed.loss(examples))
+    except Exception as e:  # a decoder that nobody has seen may fail anywhere
+        return f"{type(e).__name__}: {e}"
+    finally:
+        host.model.train(training)
+    near = 1e-4 if host.dtype == torch.float32 else 3e-2
+    return "" if abs(got - want) <= near * abs(want) else f"this model's loss would change from {want:.6g} to {got:.6g}"
