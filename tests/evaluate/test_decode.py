@@ -5,7 +5,6 @@ import torch
 
 from inlay.core.errors import InlayError
 from inlay.evaluate import GenerateSettings, generate
-from inlay.evaluate.batches import batches
 from inlay.evaluate.decode import pick
 from tests.evaluate.tiny import CONFIGS, EOS, PLAN, PROMPTS, host, tokenizer
 
@@ -188,7 +187,3 @@ def test_wrong_plans_are_told(tok):
     with pytest.raises(InlayError, match="3 seeds"):
         generate(worn, tok, ["a"], seeds=[1, 2, 3])
     assert generate(worn, tok, []) == []
-
-
-def test_batches_are_of_like_length():
-    assert list(batches([3, 9, 3, 5, 1], 2)) == [[1, 3], [0, 2], [4]]

@@ -330,6 +330,11 @@ class Host:
         if space is None:
             return None
         seen = int(past.get_seq_length()) if past is not None else 0
+        if (place_B := getattr(past, "place_B", None)) is not None:
+            # A cache of slots: each row is at a place of its own, and its virtual tokens were given among the ids.
+            first = {n: seen - place_B + offset for n, offset in space.offset.items()}
+            self.now = replace(self.now, seen=seen, first=first)
+            return None
         if seen and not hasattr(past, "_inlay_wide"):
             raise InlayError("this KV cache was made without virtual tokens; start from an empty cache after use()")
         kwargs, first_B = room.widen(model, args, kwargs, space, seen)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ UNKNOWN = ("s_aux", "position_bias")
 """Arguments of attention interfaces that change the mathematics and are not served here."""
 
 
+def strange(arguments: Mapping[str, Any]) -> str | None:
+    """The first argument given to an attention that is not served here."""
+    return next((n for n in UNKNOWN if arguments.get(n) is not None), None)
+
+
 def has_interface(model: Any) -> bool:
     """Whether a decoder's attention is looked up by name, so that another one can take its place."""
     return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
@@ -33,10 +38,6 @@ def has_interface(model: Any) -> bool:
 @contextlib.contextmanager
 def apart(host: Host) -> Iterator[None]:
     """Within the block, packed forwards of this host attend within families only."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    config, name = host.model.config, f"inlay-{id(host)}"
-    before = config._attn_implementation
     interface = has_interface(host.model)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **more: Any):
@@ -50,10 +51,21 @@ def apart(host: Host) -> Iterator[None]:
         if interface or layout is None:
             return None
         sees = layout.sees()[:, None]
-        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+        return additive(sees, dtype)
 
+    with attending(host, f"inlay-{id(host)}", attend, dense):
+        yield
+
+
+@contextlib.contextmanager
+def attending(host: Host, name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, the base's attention and the mask it is given come from these functions."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config = host.model.config
+    before = config._attn_implementation
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, dense)
+    AttentionMaskInterface.register(name, mask)
     _name(config, name)
     try:
         yield
@@ -69,6 +81,11 @@ def _name(config: Any, name: str | None) -> None:
         part._attn_implementation_internal = name
 
 
+def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores, of the same shape: 0 where something is seen, else the smallest number."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
 def attention(
     layout: Layout,
     query: Tensor,
@@ -81,8 +98,8 @@ def attention(
     **more: Any,
 ) -> Tensor:
     """Attention of a packed batch: q (R, H, W, D), k and v (R, H_kv, W, D) -> (R, W, H, D)."""
-    if strange := [n for n in UNKNOWN if more.get(n) is not None]:
-        raise InlayError(f"attention with {strange[0]!r} cannot be packed; use engine='plain'")
+    if name := strange(more):
+        raise InlayError(f"attention with {name!r} cannot be packed; use engine='plain'")
     R, H, W, _ = query.shape
     if (times := H // key.shape[1]) > 1:
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
@@ -101,7 +118,7 @@ def attention(
                 q_, k_, v_, mask, dropout, is_causal=mask is None and own.length > 1, scale=scaling
             )
         else:
-            out = _capped(q_, k_, v_, mask, scaling, softcap, dropout)
+            out = capped(q_, k_, v_, mask, scaling, softcap, dropout)
         said.append(out[0].transpose(0, 1))
     return torch.cat(said).view(R, W, H, -1)
 
@@ -135,7 +152,7 @@ def _seen(own: Family, window: int | None, device: torch.device) -> Tensor | Non
     return near.tril_().triu_(1 - window)
 
 
-def _capped(
+def capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float, dropout: float
 ) -> Tensor:
     """Gemma 2's attention: scores pass cap tanh(s / cap) before the softmax."""

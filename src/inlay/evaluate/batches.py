@@ -51,7 +51,12 @@ def row_plans(host: Host, plan: Plan, rows: int) -> list[Worn]:
 
 def wear(host: Host, plans: Sequence[Worn]) -> contextlib.AbstractContextManager[Host]:
     """`host.using` for these rows; one entry where all are the same, so that routes are found again."""
-    return host.using(*(plans[:1] if len(set(plans)) == 1 else plans))
+    return host.using(*one_plan(plans))
+
+
+def one_plan(plans: Sequence[Worn]) -> Sequence[Worn]:
+    """One entry for all rows where all wear the same."""
+    return plans[:1] if len(set(plans)) == 1 else plans
 
 
 def context(host: Host) -> int | None:
@@ -66,15 +71,6 @@ def context(host: Host) -> int | None:
 def room(host: Host, worn: Worn) -> int:
     """Positions that the virtual tokens of these adapters take."""
     return sum(host.edits[name].room for name in worn)
-
-
-def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `size`, longest first: like lengths share a batch, and memory runs out early."""
-    if size < 1:
-        raise InlayError(f"batch_size {size}: at least 1")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for at in range(0, len(order), size):
-        yield order[at : at + size]
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, side: str) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
+import functools
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,11 +19,12 @@ from torch import Tensor
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn
+from inlay.evaluate import slots
 from inlay.evaluate.batches import (
     Plan,
     Prompt,
-    batches,
     context,
+    one_plan,
     pad_id,
     padded,
     prompt_ids,
@@ -51,7 +54,7 @@ class GenerateSettings:
     stop: tuple[str, ...] = ()
     """Texts that end a generation; they are cut off with all that follows."""
     batch_size: int = 16
-    """Prompts per batch: speed and memory, never the result (in float32; half precision rounds by shape)."""
+    """Rows computed at a time: speed and memory, never the result (in float32; half precision rounds by shape)."""
 
     def __post_init__(self) -> None:
         for name, fine in (
@@ -129,21 +132,147 @@ def generate_each(
     settings: GenerateSettings | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict[int, Generation], float]]:
-    """As `generate`, batch by batch: ({prompt's index: generation}, seconds the batch took)."""
+    """As `generate`, as rows are done: ({prompt's index: generation}, seconds since the last ones)."""
     settings = settings or GenerateSettings()
     ids, plans = prompt_ids(tokenizer, prompts), row_plans(host, plan, len(prompts))
     seeds = list(seeds) if seeds is not None else _seeds(settings.seed, ids, plans)
     if len(seeds) != len(ids):
         raise InlayError(f"{len(seeds)} seeds for {len(ids)} prompts")
     limits = [_limit(host, i, row, worn, settings) for i, (row, worn) in enumerate(zip(ids, plans, strict=True))]
-    for limit in sorted(set(limits), reverse=True):
-        group = [i for i in range(len(ids)) if limits[i] == limit]
-        for batch in batches([len(ids[i]) for i in group], settings.batch_size):
-            rows = [group[j] for j in batch]
+    rows = [Row(i, *told) for i, told in enumerate(zip(ids, plans, seeds, limits, strict=True))]
+    rows.sort(key=lambda r: (-len(r.ids), r.index))
+    way = _in_slots if rows and settings.beams == 1 and slots.serves(host) else _in_batches
+    yield from way(host, tokenizer, rows, settings)
+
+
+@dataclass
+class Row:
+    """A prompt on its way."""
+
+    index: int
+    ids: list[int]
+    worn: Worn
+    seed: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+
+    @functools.cached_property
+    def draws(self) -> list[float]:
+        """A uniform number per step, the row's own."""
+        return torch.rand(self.limit, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).tolist()
+
+
+Made = Iterator[tuple[dict[int, Generation], float]]
+
+SHARED = 8
+"""A beginning that all prompts share is computed once if it has so many tokens."""
+
+
+def _in_slots(host: Host, tokenizer: Any, rows: list[Row], settings: GenerateSettings) -> Made:
+    """As many rows as there are slots, a new one whenever one is done."""
+    queue = collections.deque(rows)
+    live: list[Row | None] = [None] * min(settings.batch_size, len(rows))
+    most = max(room(host, r.worn) + len(r.ids) + r.limit for r in rows)
+    cache = slots.Slots(host, len(live), most)
+    begin = _beginning(cache, rows)
+    ends = end_ids(host, tokenizer)
+    tail = max((len(s.encode()) for s in settings.stop), default=0) + 8
+
+    def choose(logits: Tensor, own: Sequence[Row]) -> Tensor:
+        if not settings.temperature:
+            return logits.argmax(-1)
+        draw = torch.tensor([r.draws[len(r.tokens)] for r in own], dtype=torch.float64).to(logits.device)
+        return pick(logits.float(), draw, settings)
+
+    def ended(row: Row) -> bool:
+        return (
+            row.tokens[-1] in ends
+            or len(row.tokens) == row.limit
+            or any(s in _text(tokenizer, row.tokens[-tail:]) for s in settings.stop)
+        )
+
+    def until_done() -> list[Row]:
+        worn: list[Worn] | None = None
+        while True:
+            free = [s for s, row in enumerate(live) if row is None][: len(queue)]
+            if free:
+                fed = [queue.popleft() for _ in free]
+                for s, row in zip(free, fed, strict=True):
+                    live[s] = row
+                logits, worn = begin(free, fed), None
+                where = free
+            else:
+                _close_up(cache, live)
+                fed, where = [row for row in live if row is not None], list(range(len(live)))
+                if worn is None:
+                    worn = [row.worn for row in fed]
+                    host.use(*one_plan(worn))
+                logits = cache.step(torch.tensor([row.tokens[-1] for row in fed]).to(host.device, non_blocking=True))
+            done = []
+            for s, row, token in zip(where, fed, choose(logits, fed).tolist(), strict=True):
+                row.tokens.append(token)
+                if ended(row):
+                    done.append(row)
+                    live[s] = None
+            if done:
+                return done
+
+    while queue or any(live):
+        start = time.perf_counter()
+        with quiet(host), host.using(None), cache.attending():
+            done = until_done()
+        yield (
+            {row.index: _finish(row.tokens, tokenizer, ends, settings.stop) for row in done},
+            time.perf_counter() - start,
+        )
+
+
+def _close_up(cache: slots.Slots, live: list[Row | None]) -> None:
+    """Bring the rows that are left to the first slots."""
+    for s in reversed(range(len(live))):
+        if live[s] is None:
+            if s < len(live) - 1:
+                cache.copy(len(live) - 1, s)
+                live[s] = live[-1]
+            live.pop()
+
+
+def _beginning(cache: slots.Slots, rows: Sequence[Row]) -> Callable[[Sequence[int], Sequence[Row]], Tensor]:
+    """What feeds new rows to free slots and gives the logits of their first tokens: a beginning that all prompts share
+    is computed once for everything that is worn, and copied."""
+    host = cache.host
+    low, high = min(r.ids for r in rows), max(r.ids for r in rows)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    shared = min(same, min(len(r.ids) for r in rows) - 1)
+    wearers = Counter(r.worn for r in rows)
+    kept: dict[Worn, list[tuple[Tensor, Tensor]]] = {}
+
+    def begin(free: Sequence[int], fed: Sequence[Row]) -> Tensor:
+        if shared < SHARED or len(rows) < 2 * len(wearers):
+            host.use(*one_plan([r.worn for r in fed]))
+            return cache.begin(free, [r.ids for r in fed], [r.worn for r in fed])
+        for s, row in zip(free, fed, strict=True):
+            if row.worn not in kept:
+                host.use(row.worn)
+                cache.begin([s], [row.ids[:shared]], [row.worn])
+                kept[row.worn] = cache.read(s)
+            cache.write(s, kept[row.worn])
+        host.use(*one_plan([r.worn for r in fed]))
+        return cache.go_on(free, [r.ids[shared:] for r in fed])
+
+    return begin
+
+
+def _in_batches(host: Host, tokenizer: Any, rows: list[Row], settings: GenerateSettings) -> Made:
+    """Batches that end with their last row, through Hugging Face's generation."""
+    for limit in sorted({r.limit for r in rows}, reverse=True):
+        group = [r for r in rows if r.limit == limit]
+        for at in range(0, len(group), settings.batch_size):
+            batch = group[at : at + settings.batch_size]
             start = time.perf_counter()
-            with quiet(host), wear(host, [plans[i] for i in rows]):
-                made = _batch(host, tokenizer, [ids[i] for i in rows], [seeds[i] for i in rows], limit, settings)
-            yield dict(zip(rows, made, strict=True)), time.perf_counter() - start
+            with quiet(host), wear(host, [r.worn for r in batch]):
+                made = _batch(host, tokenizer, batch, limit, settings)
+            yield {r.index: one for r, one in zip(batch, made, strict=True)}, time.perf_counter() - start
 
 
 def _limit(host: Host, index: int, ids: Sequence[int], worn: Worn, settings: GenerateSettings) -> int:
@@ -175,10 +304,8 @@ def end_ids(host: Host, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
-def _batch(
-    host: Host, tokenizer: Any, rows: list[list[int]], seeds: list[int], limit: int, settings: GenerateSettings
-) -> list[Generation]:
-    ids, mask = padded(rows, pad_id(tokenizer), host.device, "left")
+def _batch(host: Host, tokenizer: Any, rows: Sequence[Row], limit: int, settings: GenerateSettings) -> list[Generation]:
+    ids, mask = padded([r.ids for r in rows], pad_id(tokenizer), host.device, "left")
     wide = ids.shape[1]
     ends = end_ids(host, tokenizer)
     with _plain_config(host, ends, pad_id(tokenizer)):
@@ -189,7 +316,7 @@ def _batch(
             num_beams=settings.beams,
             do_sample=False,
             use_cache=True,
-            logits_processor=[_sampler(seeds, limit, wide, settings)] if settings.temperature else None,
+            logits_processor=[_sampler(rows, wide, settings)] if settings.temperature else None,
             stopping_criteria=[_stopper(tokenizer, settings.stop, wide)] if settings.stop else None,
         )
     return [_finish(row, tokenizer, ends, settings.stop) for row in out[:, wide:].tolist()]
@@ -239,13 +366,11 @@ def _stopper(tokenizer: Any, stop: tuple[str, ...], start: int):
     return Stopper()
 
 
-def _sampler(seeds: list[int], limit: int, start: int, settings: GenerateSettings):
+def _sampler(rows: Sequence[Row], start: int, settings: GenerateSettings):
     """Sampling by inversion, one uniform number per row and step, so that a row's draws are its own."""
     from transformers import LogitsProcessor
 
-    draws = torch.stack(
-        [torch.rand(limit, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    )
+    draws = torch.tensor([r.draws for r in rows], dtype=torch.float64)
 
     class Sampler(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
