@@ -27,7 +27,12 @@ from inlay.core.host import Host
 from inlay.core.room import plan_room
 from inlay.core.route import Worn
 from inlay.engine.attention import additive, attending, capped, has_interface, strange
+from inlay.engine.linear import fast_linears
+from inlay.engine.reorder import Reordered
 from inlay.evaluate.batches import quiet, takes
+
+REORDER = 64
+"""Steps that take as long as reordering a base's weights: who comes so far will mostly take many more."""
 
 
 class Slots(Cache):
@@ -49,6 +54,8 @@ class Slots(Cache):
         self._rows: slice | Tensor = slice(0)
         self._column_BT = self._index_B = self.place_B
         self._sees: dict[int | None, Tensor] = {}
+        self._steps = 0
+        self._reordered: Reordered | None = None
         self._columns = self._tokens = 0
         self._with_positions, self._with_keep = takes(host, "position_ids", "logits_to_keep")
 
@@ -84,7 +91,15 @@ class Slots(Cache):
         def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
             return None if interface else additive(self.sees(None), dtype)
 
-        with attending(self.host, f"inlay-slots-{id(self.host)}", self._attend, mask):
+        model = self.host.model
+        worth = self._steps >= REORDER
+        if worth and self._reordered is None and (made := Reordered(model)).fits():
+            self._reordered = made
+        with (
+            attending(self.host, f"inlay-slots-{id(self.host)}", self._attend, mask),
+            self._reordered.active() if self._reordered else contextlib.nullcontext(),
+            fast_linears(model),
+        ):
             yield
 
     def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], worn: Sequence[Worn]) -> Tensor:
@@ -111,6 +126,7 @@ class Slots(Cache):
     def step(self, token_B: Tensor) -> Tensor:
         """Feed one token to each of the first B slots; logits (B, V)."""
         B, device = len(token_B), self.host.device
+        self._steps += 1
         length_B = torch.tensor(self.length[:B]).to(device, non_blocking=True)
         self._columns, self._tokens = max(self.length[:B]) + 1, 1
         self._reserve(self._columns)

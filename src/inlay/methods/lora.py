@@ -14,12 +14,13 @@ from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
+from inlay.core.product import low_rank
 from inlay.core.start import frozen_weight, kaiming
 
 
-def down(x: Tensor, A: Tensor) -> Tensor:
-    """A x; x may be ids, where A x is a column of A."""
-    return linear(x, A) if x.is_floating_point() else embedding(x, A.T)
+def column(A: Tensor, ids: Tensor) -> Tensor:
+    """A x for the one-hot x that ids stand for at an embedding."""
+    return embedding(ids, A.T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,13 @@ class LoRA(Edit):
         A, B = root[:, None] * Vh[: self.rank], U[:, : self.rank] * root
         return {"A": A, "B": B, "_A0": A.clone(), "_B0": B.clone()}
 
-    def delta(self, w: Weights, x: Tensor, call: Call) -> Tensor:
-        """s B A x, less where it started."""
-        x = dropout(x, self.dropout, call.training) if x.is_floating_point() else x
-        out = linear(down(x, w["A"]), w["B"])
-        if "_A0" in w:
-            out = out - linear(down(x, w["_A0"]), w["_B0"])
-        return self.scale * out
-
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        return y + self.delta(w, x, call)
+        if not x.is_floating_point():
+            return y + self.scale * linear(column(w["A"], x), w["B"])
+        x = dropout(x, self.dropout, call.training)
+        if "_A0" in w:  # less where it started; subtracted first, so that a fresh adapter changes nothing
+            return y + (low_rank(x, w["A"], w["B"], self.scale) - low_rank(x, w["_A0"], w["_B0"], self.scale))
+        return low_rank(x, w["A"], w["B"], self.scale, onto=y)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +107,8 @@ class DoRA(LoRA):
             WAt = (f(A) - b).T  # (D_out, rank)
             n = (w["_square"] + 2 * s * (B * WAt).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)).clamp(min=0).sqrt()
         gain = w["m"] / n
-        return y + (gain - 1) * (y - b) + gain * self.delta(w, x, call)
+        x = dropout(x, self.dropout, call.training)
+        return low_rank(x, A, gain[:, None] * B, s, onto=torch.addcmul(y, y - b, gain - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +151,10 @@ class AdaLoRA(Edit):
         }
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        x = dropout(x, self.dropout, call.training) if x.is_floating_point() else x
-        return y + self.alpha / self.rank * linear(down(x, w["Q"]) * w["E"], w["P"])
+        if not x.is_floating_point():
+            return y + self.alpha / self.rank * linear(column(w["Q"], x) * w["E"], w["P"])
+        x = dropout(x, self.dropout, call.training)
+        return low_rank(x, w["E"][:, None] * w["Q"], w["P"], self.alpha / self.rank, onto=y)
 
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
         eye = torch.eye(self.rank, device=next(iter(adapter.values()))["E"].device)

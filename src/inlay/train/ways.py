@@ -7,7 +7,7 @@ where it cannot serve a model, the run says so and goes the plain way.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from inlay.core.host import Host
 from inlay.engine import head
 from inlay.engine.attention import apart
 from inlay.engine.example import IGNORED, Example
+from inlay.engine.linear import fast_linears
 from inlay.engine.pack import pack, packs
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
@@ -83,9 +84,11 @@ class Packed:
         made = pack(self.host, [r.input_ids for r in rows], [r.labels for r in rows], filler=self.pad)
         return head.loss_sum(self.host, made)
 
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """Attention within sequences."""
-        return apart(self.host)
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Attention within sequences, and the faster products."""
+        with apart(self.host), fast_linears(self.host.model):
+            yield
 
 
 def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:

@@ -1,0 +1,56 @@
+"""Frozen float32 linears on CPUs: forward and backward in the faster library (see `inlay.core.product`)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.fingerprint import readable
+from inlay.core.product import product, slow_default
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b for constant W and b: dx = dy W, and nothing but W is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W)
+        return product(x, W, b)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        (W,) = ctx.saved_tensors
+        return product(dy.contiguous(), W.t()), None, None
+
+
+@contextlib.contextmanager
+def fast_linears(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model's frozen float32 linears compute by `FrozenLinear`, where that is worth it."""
+    chosen = [m for m in model.modules() if slow_default() and _replaceable(m)]
+    for m in chosen:
+        m.forward = functools.partial(_forward, m)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for m in chosen:
+            del m.forward
+
+
+def _replaceable(m: Any) -> bool:
+    if type(m) is not nn.Linear and type(m).__name__ != "Conv1D" or "forward" in vars(m):
+        return False
+    return (
+        readable(m.weight) and not any(p.requires_grad for p in m.parameters(False)) and m.weight.dtype == torch.float32
+    )
+
+
+def _forward(m: Any, x: Tensor) -> Tensor:
+    W = m.weight if isinstance(m, nn.Linear) else m.weight.t()
+    if x.dtype != torch.float32:
+        return type(m).forward(m, x)
+    return FrozenLinear.apply(x, W, m.bias)  # type: ignore[no-any-return]
