@@ -67,6 +67,9 @@ class Edit:
     """True if `call.position_BT` is used."""
     everywhere: ClassVar[bool] = False
     """True if the method makes sense only when it hangs in every layer."""
+    coarse: ClassVar[bool] = False
+    """True if the tensors may be rounded to a 16-bit base's type for speed (`Host.fast`): products of small numbers
+    may, gains near 1 may not, as their steps would be lost."""
     room_positions: ClassVar[str] = "count"
     """Position ids of the reserved columns: `count` (0, 1, 2 ...) or `zero` (all 0: keys meet no rotation)."""
 

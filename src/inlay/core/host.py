@@ -33,8 +33,8 @@ class Host:
         model: a causal language model; its parameters are frozen while the host is attached.
         anatomy: where its roles are (`inlay.models.anatomy(model)`).
         strategy: how rows are sent (see `inlay.core.route`).
-        fast: compute adapters in the base's dtype instead of their own (less memory and time on bf16 bases, one more
-            rounding). Adapters are stored in float32 either way.
+        fast: compute adapters whose method allows it (`Edit.coarse`) in the base's dtype: less memory and time on bf16
+            bases, a few more roundings. Adapters are stored in float32 either way.
     """
 
     def __init__(self, model: Any, anatomy: Anatomy, strategy: str = "gather", fast: bool = False):
@@ -299,9 +299,10 @@ class Host:
         return self
 
     # ---- one forward -------------------------------------------------------------------------------------------------
-    def precision(self, y: Tensor) -> torch.dtype:
-        """The type in which edits of y are computed; their result is rounded once, to y's type."""
-        return y.dtype if self.fast or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
+    def precision(self, y: Tensor, names: Iterable[str]) -> torch.dtype:
+        """The type in which these adapters' edits of y are computed; their result is rounded once, to y's type."""
+        coarse = self.fast and all(self.edits[n].coarse for n in names)
+        return y.dtype if coarse or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict):
         self._depth += 1

@@ -127,7 +127,7 @@ class Site(nn.Module):
         names = [n for n in host.now.rows if n in self.places and phases(host.edits[n])[phase]]
         if not names:
             return out
-        dtype = host.precision(out)
+        dtype = host.precision(out, names)
         jobs: list[route.Job] = []
         for n in names:
             w = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors(n).items()}

@@ -43,6 +43,7 @@ class Bottleneck(Edit):
     kind = "bottleneck"
     at = "down"
     wirings = ("output", "input", "parallel")
+    coarse = True
 
     size: int = 256
     """Bottleneck width m."""

@@ -34,6 +34,7 @@ class LoRA(Edit):
     """
 
     kind = "lora"
+    coarse = True
     rank: int = 32
     """Inner width r. LLM-Adapters uses 32, the LoRA paper 1-64."""
     alpha: float = 64.0
@@ -88,6 +89,7 @@ class DoRA(LoRA):
     """
 
     kind = "dora"
+    coarse = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,8 +87,12 @@ class Packed:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Attention within sequences, and the faster products."""
-        with apart(self.host), fast_linears(self.host.model):
-            yield
+        fast, self.host.fast = self.host.fast, True
+        try:
+            with apart(self.host), fast_linears(self.host.model):
+                yield
+        finally:
+            self.host.fast = fast
 
 
 def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:
