@@ -113,24 +113,17 @@ def attention(
         if own is None:
             said.append(v_)
             continue
-        q_, k_, v_ = (t.transpose(0, 1)[None] for t in (q_, k_, v_))
+        q_, k_, v_ = (t.transpose(0, 1) for t in (q_, k_, v_))
         mask = _seen(own, sliding_window, query.device)
-        if (
-            softcap is None
-            and dropout == 0
-            and q_.device.type == "cpu"
-            and q_.dtype.itemsize == 2
-            and own.length <= SHORT
-        ):
-            scale = scaling if scaling is not None else q_.shape[-1] ** -0.5
-            out = Recomputed.apply(q_[0], k_[0], v_[0], _bias(own.length, mask, q_), scale)[None]
-        elif softcap is None:
-            out = scaled_dot_product_attention(
-                q_, k_, v_, mask, dropout, is_causal=mask is None and own.length > 1, scale=scaling
-            )
+        if softcap is not None:
+            out = _capped(q_, k_, v_, mask, scaling, softcap, dropout)
+        elif dropout == 0 and _short(q_):
+            out = Recomputed.apply(q_, k_, v_, _bias(mask, q_), scaling or q_.shape[-1] ** -0.5)
         else:
-            out = capped(q_, k_, v_, mask, scaling, softcap, dropout)
-        said.append(out[0].transpose(0, 1))
+            causal = mask is None and own.length > 1
+            batch = (t[None] for t in (q_, k_, v_))
+            out = scaled_dot_product_attention(*batch, mask, dropout, is_causal=causal, scale=scaling)[0]
+        said.append(out.transpose(0, 1))
     return torch.cat(said).view(R, W, H, -1)
 
 
@@ -160,8 +153,13 @@ class Recomputed(torch.autograd.Function):
         return torch.bmm(ds, k).mul_(ctx.s), torch.bmm(ds.mT, qs), torch.bmm(p.mT, g), None, None
 
 
-def _bias(T: int, mask: Tensor | None, like: Tensor) -> Tensor:
-    """What is added to scores: 0 where a token is seen, minus infinity elsewhere."""
+def _short(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[1] <= SHORT
+
+
+def _bias(mask: Tensor | None, like: Tensor) -> Tensor:
+    """What is added to the scores of q (H, T, D): 0 where a token is seen, minus infinity elsewhere."""
+    T = like.shape[1]
     if mask is None:
         return torch.full((T, T), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
     return torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)

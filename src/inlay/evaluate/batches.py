@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +73,44 @@ def context(host: Host) -> int | None:
 def room(host: Host, worn: Worn) -> int:
     """Positions that the virtual tokens of these adapters take."""
     return sum(host.edits[name].room for name in worn)
+
+
+def window(host: Host) -> int | None:
+    """The shortest window that any of the base's layers attends to; None where there is none."""
+    config = host.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return getattr(config, "sliding_window", None) or None
+
+
+SHARED = 8
+"""A beginning that all prompts share is computed once if it has so many tokens."""
+
+
+def beginning(rows: Sequence[Sequence[int]], leave: int = 0) -> int:
+    """How many tokens all rows begin with, of which the shortest row has `leave` more."""
+    low, high = min(rows), max(rows)
+    alike = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return min(alike, min(map(len, rows)) - leave)
+
+
+class Tried:
+    """Whether a way of computing serves a base: tried once, and said if not.
+
+    Args:
+        instead: what happens otherwise.
+        refused: tries it and says why not; empty if it serves.
+    """
+
+    def __init__(self, instead: str, refused: Callable[[Host], str]):
+        self.instead, self.refused = instead, refused
+        self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+    def __call__(self, host: Host) -> bool:
+        if host.model not in self._known:
+            why = self.refused(host)
+            if why:
+                warnings.warn(f"{self.instead}: {why}", stacklevel=3)
+            self._known[host.model] = not why
+        return self._known[host.model]
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, side: str) -> tuple[Tensor, Tensor]:

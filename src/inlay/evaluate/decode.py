@@ -21,8 +21,10 @@ from inlay.core.host import Host
 from inlay.core.route import Worn
 from inlay.evaluate import slots
 from inlay.evaluate.batches import (
+    SHARED,
     Plan,
     Prompt,
+    beginning,
     context,
     one_plan,
     pad_id,
@@ -164,9 +166,6 @@ class Row:
 
 Made = Iterator[tuple[dict[int, Generation], float]]
 
-SHARED = 8
-"""A beginning that all prompts share is computed once if it has so many tokens."""
-
 
 def _in_slots(host: Host, tokenizer: Any, rows: list[Row], settings: GenerateSettings) -> Made:
     """As many rows as there are slots, a new one whenever one is done."""
@@ -241,9 +240,7 @@ def _beginning(cache: slots.Slots, rows: Sequence[Row]) -> Callable[[Sequence[in
     """What feeds new rows to free slots and gives the logits of their first tokens: a beginning that all prompts share
     is computed once for everything that is worn, and copied."""
     host = cache.host
-    low, high = min(r.ids for r in rows), max(r.ids for r in rows)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    shared = min(same, min(len(r.ids) for r in rows) - 1)
+    shared = beginning([r.ids for r in rows], leave=1)
     wearers = Counter(r.worn for r in rows)
     kept: dict[Worn, list[tuple[Tensor, Tensor]]] = {}
 

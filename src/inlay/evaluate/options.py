@@ -12,6 +12,7 @@ from torch import Tensor
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
 from inlay.core.route import Worn
+from inlay.evaluate import tree
 from inlay.evaluate.batches import (
     Plan,
     Prompt,
@@ -49,8 +50,9 @@ def option_scores(
             tokens, so that a row is exactly what training on (prompt, answer) under the clean protocol saw.
         plan: as in `generate`.
         normalise: `tokens` and `bytes` divide by the option's tokens or UTF-8 bytes (for options of unlike length).
-        batch_size: rows (prompt x option) per forward; not the result.
-        share: compute each prompt once and read its options from the same KV cache; the plain way otherwise.
+        share: compute what options share once: trees (`inlay.evaluate.tree`), or copies of their prompts' cache where a
+            base cannot be served so. False: one row per option, the plain way.
+        batch_size: rows (prompt x option) per forward where no trees are used; not the result.
     """
     found: list[list[float]] = [[] for _ in prompts]
     for done, _ in option_scores_each(
@@ -81,7 +83,7 @@ def option_scores_each(
     batch_size: int = 32,
     share: bool = True,
 ) -> Iterator[tuple[dict[int, list[float]], float]]:
-    """As `option_scores`, batch by batch: ({prompt's index: scores}, seconds the batch took)."""
+    """As `option_scores`, forward by forward: ({prompt's index: scores}, seconds since the last ones)."""
     if normalise not in NORMALISE:
         raise unknown("normalisation", normalise, NORMALISE)
     if len(options) != len(prompts):
@@ -91,16 +93,25 @@ def option_scores_each(
     heads, plans = prompt_ids(tokenizer, prompts), row_plans(host, plan, len(prompts))
     tails = [[_option_ids(tokenizer, o) for o in own] for own in options]
     _check(host, heads, tails, plans)
+
+    def done(group: Sequence[int], totals: Sequence[Sequence[float]]) -> dict[int, list[float]]:
+        return {
+            i: [_normalised(s, o, normalise, tokenizer) for s, o in zip(own, options[i], strict=True)]
+            for i, own in zip(group, totals, strict=True)
+        }
+
+    start = time.perf_counter()
+    if heads and share and tree.serves(host, heads, tails):
+        for group, said in tree.scores(host, heads, tails, plans):
+            yield done(group, [[p for p, _ in own] for own in said]), time.perf_counter() - start
+            start = time.perf_counter()
+        return
     for group in _groups(heads, tails, batch_size):
         start = time.perf_counter()
         with quiet(host):
             args = ([heads[i] for i in group], [tails[i] for i in group], [plans[i] for i in group])
             totals = (_shared(host, tokenizer, *args) if share else None) or _plain(host, tokenizer, *args, batch_size)
-        done = {
-            i: [_normalised(s, o, normalise, tokenizer) for s, o in zip(scores, options[i], strict=True)]
-            for i, scores in zip(group, totals, strict=True)
-        }
-        yield done, time.perf_counter() - start
+        yield done(group, totals), time.perf_counter() - start
 
 
 def _option_ids(tokenizer: Any, option: Prompt) -> list[int]:

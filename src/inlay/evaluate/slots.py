@@ -12,8 +12,6 @@ Virtual tokens are fed like others, before the first token of their row.
 from __future__ import annotations
 
 import contextlib
-import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +27,7 @@ from inlay.core.route import Worn
 from inlay.engine.attention import additive, attending, capped, has_interface, strange
 from inlay.engine.linear import fast_linears
 from inlay.engine.reorder import Reordered
-from inlay.evaluate.batches import quiet, takes
+from inlay.evaluate.batches import Tried, quiet, takes
 
 REORDER = 64
 """Steps that take as long as reordering a base's weights: who comes so far will mostly take many more."""
@@ -243,19 +241,6 @@ def _longer(kept: Tensor, columns: int) -> Tensor:
     return new
 
 
-_served: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
-def serves(host: Host) -> bool:
-    """Whether slots give this base's logits; tried once on a few tokens, and said if not."""
-    if host.model not in _served:
-        why = _refused(host)
-        if why:
-            warnings.warn(f"generating in padded batches, not in slots: {why}", stacklevel=4)
-        _served[host.model] = not why
-    return _served[host.model]
-
-
 def _refused(host: Host) -> str:
     """Rows of unlike length begin together, one goes on, another takes its place: as alone and without a cache?"""
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -275,3 +260,7 @@ def _refused(host: Host) -> str:
     off = (torch.cat(got).float() - torch.stack(want).float()).abs().max()
     near = 1e-4 if host.dtype == torch.float32 else 3e-2
     return "" if off <= near * max(t.abs().max() for t in want) else f"this model's logits would change by {off:.2g}"
+
+
+serves = Tried("generating in padded batches, not in slots", _refused)
+"""Whether slots give a base's logits."""
