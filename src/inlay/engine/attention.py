@@ -116,13 +116,14 @@ def attention(
         q_, k_, v_ = (t.transpose(0, 1) for t in (q_, k_, v_))
         mask = _seen(own, sliding_window, query.device)
         if softcap is not None:
-            out = _capped(q_, k_, v_, mask, scaling, softcap, dropout)
+            out = capped(q_, k_, v_, mask, scaling, softcap, dropout)
         elif dropout == 0 and _short(q_):
             out = Recomputed.apply(q_, k_, v_, _bias(mask, q_), scaling or q_.shape[-1] ** -0.5)
         else:
             causal = mask is None and own.length > 1
-            batch = (t[None] for t in (q_, k_, v_))
-            out = scaled_dot_product_attention(*batch, mask, dropout, is_causal=causal, scale=scaling)[0]
+            out = scaled_dot_product_attention(
+                q_[None], k_[None], v_[None], mask, dropout, is_causal=causal, scale=scaling
+            )[0]
         said.append(out.transpose(0, 1))
     return torch.cat(said).view(R, W, H, -1)
 
