@@ -50,6 +50,13 @@ class Route:
         """The call as the adapter `name` sees it, all rows."""
         return Call(place, self.training, self.seen, self.first.get(name), self.side)
 
+    def only(self, where: Tensor) -> Route:
+        """The same for some of the rows (of a packed batch: some of its tokens), each now a row of its own."""
+        mine = {n: m[where] for n, m in self.mine.items()}
+        rows = {n: None if r is None else mine[n].nonzero()[:, 0] for n, r in self.rows.items()}
+        first, side = ({k: v[where] for k, v in t.items()} for t in (self.first, self.side))
+        return replace(self, rows=rows, mine=mine, batch=len(where), first=first, side=side, layout=None)
+
 
 def read_plan(plan: Sequence[object], known: Mapping[str, Edit]) -> tuple[Worn, ...]:
     """Normalise a plan: each entry a name, None, `a+b`, or a tuple of names (worn together)."""

@@ -146,7 +146,8 @@ class Scorer:
         return Pack(inputs, layout, torch.tensor(scored, device=device), ids.new_empty(0), sum(map(len, sequences)))
 
     def _score(self, trees: Sequence[Tree], worn: Sequence[Worn]) -> list[list[Said]]:
-        h_ND = hidden(self.host, self._pack(trees, worn, len(self.shared)))
+        pack = self._pack(trees, worn, len(self.shared))
+        h_ND, now = hidden(self.host, pack), self.host.now
         places, targets, at = [], [], 0
         for tree in trees:
             places += [at + place for place, _ in tree.entries]
@@ -159,7 +160,9 @@ class Scorer:
         step = max(1, ROOM // head.out_features)
         found: list[tuple[float, bool]] = []
         for begin in range(0, len(h_ND), step):
-            logits = head(h_ND[None, begin : begin + step])[0].float()
+            part = slice(begin, begin + step)
+            self.host.now = now.only(pack.scored_N[part])  # adapters of the head find their rows
+            logits = head(h_ND[part, None])[:, 0].float()
             low, high = torch.searchsorted(place, torch.tensor([begin, begin + step])).tolist()
             row, said = (place[low:high] - begin).to(h_ND.device), target[low:high]
             logp = logits[row, said] - logits.logsumexp(-1)[row]
