@@ -40,6 +40,8 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
+    """y + s B A x over rows: x (N, D_in), y (N, D_out)."""
+
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, s: float, y: Tensor | None) -> Tensor:
         h = product(x, A)
@@ -51,13 +53,11 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[override]
         x, A, B, h = ctx.saved_tensors
-        g_ND = g.reshape(-1, g.shape[-1])
-        x_ND, h_NR = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
-        dh_NR = product(g_ND, (ctx.s * B).t())
-        dx = product(dh_NR, A.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        dA = product(dh_NR.t(), x_ND.t()) if ctx.needs_input_grad[1] else None
+        dh = product(g, (ctx.s * B).t())
+        dx = product(dh, A.t()) if ctx.needs_input_grad[0] else None
+        dA = product(dh.t(), x.t()) if ctx.needs_input_grad[1] else None
         # As (R, D_out), transposed: the product with few rows is the fast one.
-        dB = product(h_NR.t(), g_ND.t()).t().mul_(ctx.s) if ctx.needs_input_grad[2] else None
+        dB = product(h.t(), g.t()).t().mul_(ctx.s) if ctx.needs_input_grad[2] else None
         return dx, dA, dB, None, g if ctx.needs_input_grad[4] else None
 
 
@@ -66,4 +66,5 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = No
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         out = s * linear(linear(x, A), B)  # compiled or mapped: both see through plain operations only
         return out if onto is None else onto + out
-    return _LowRank.apply(x, A, B, s, onto)  # type: ignore[no-any-return]
+    flat = None if onto is None else onto.flatten(0, -2)
+    return _LowRank.apply(x.flatten(0, -2), A, B, s, flat).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from inlay.core.product import product, slow_default
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b for constant W and b: dx = dy W, and nothing but W is kept."""
+    """y = x W^T + b for x (N, D_in) and constant W and b: dx = dy W, and nothing but W is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -53,4 +53,5 @@ def _forward(m: Any, x: Tensor) -> Tensor:
     W = m.weight if isinstance(m, nn.Linear) else m.weight.t()
     if x.dtype != torch.float32:
         return type(m).forward(m, x)
-    return FrozenLinear.apply(x, W, m.bias)  # type: ignore[no-any-return]
+    # Flattened here: what a node makes of views inside itself may not be written in place, and Falcon does.
+    return FrozenLinear.apply(x.flatten(0, -2), W, m.bias).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout, rows_of
 from inlay.engine.attention import has_interface
@@ -48,9 +49,14 @@ def pack(
     Args:
         labels: per token, its id where it is scored and -100 elsewhere. A token is predicted from the one before it:
             the last of its parent, for the first of a sequence that has one. Other first tokens are never scored.
-        parents: see `inlay.core.layout.lay_out`.
+        parents: see `inlay.core.layout.lay_out`; raises InlayError for a decoder that cannot be told positions (BLOOM).
         filler: id for virtual and empty columns; which one does not matter.
     """
+    told = takes_positions(host.model)
+    if parents is not None and not told and any(p is not None for p in parents):
+        raise InlayError(
+            f"{type(host.model).__name__} counts positions by columns: it cannot read continuations packed"
+        )
     # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
     width = None if has_interface(host.model) else 1
     layout = host.lay_out([len(s) for s in ids], parents, width)
@@ -68,7 +74,7 @@ def pack(
     device = host.device
     tokens = layout.fill(ids, filler).to(device)
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if takes_positions(host.model):
+    if told:
         inputs["position_ids"] = layout.position_RW
     return Pack(
         inputs,
