@@ -109,7 +109,7 @@ def same(one, two):
 
 
 def test_equals_the_harness_own_model(worn, bare, tok, tasks):
-    from inlay.interop.lm_eval import InlayLM
+    from inlay.evaluate.lm_eval import InlayLM
 
     merged_host = inlay.attach(base("llama", positions=128))
     merged_host.add("a", worn.edits["a"], at="q,v,down").fill("a", worn.tensors("a"))
@@ -128,9 +128,56 @@ def test_equals_the_harness_own_model(worn, bare, tok, tasks):
     worn.use(None)
 
 
+@pytest.mark.parametrize("size", [1, 16])
+def test_the_engines_do_all_the_work(worn, bare, tok, tasks, size, monkeypatch):
+    from inlay.evaluate.lm_eval import InlayLM
+
+    want = told(hf.HFLM(pretrained=bare, tokenizer=tok, batch_size=size), tasks)
+    model = InlayLM(worn, tok, batch_size=size)
+    for name in ("_model_call", "_model_generate"):
+        monkeypatch.setattr(model, name, None)
+    assert same(told(model, tasks), want)
+
+
+def requests(kind, *args):
+    return [harness.api.instance.Instance(kind, {}, a, i) for i, a in enumerate(args)]
+
+
+def test_long_and_odd_requests_as_the_harness(worn, bare, tok):
+    from inlay.evaluate.lm_eval import InlayLM
+
+    ours, theirs = InlayLM(worn, tok, batch_size=4), hf.HFLM(pretrained=bare, tokenizer=tok, batch_size=4)
+    pairs = [("x" * 140, "yes"), ("x" * 140, "no"), ("", "abc"), ("q ", "a" * 120), ("q ", "a" * 121), ("same", " a")]
+    got, want = (m.loglikelihood(requests("loglikelihood", *pairs)) for m in (ours, theirs))
+    assert [g for _, g in got] == [g for _, g in want]
+    assert [p for p, _ in got] == pytest.approx([p for p, _ in want], abs=2e-4)
+    free = theirs.generate_until(requests("generate_until", ("ab", {"until": ["~~"], "max_gen_toks": 9})))[0]
+    asked = [
+        ("x" * 140, {"until": ["~~"], "max_gen_toks": 12}),
+        ("ab", {"until": free[3:5], "max_gen_toks": 9}),
+        ("ab", {"until": ["~~"], "max_gen_toks": 9, "num_beams": 2}),
+        ("cd", {"until": ["~~"], "max_gen_toks": 9, "do_sample": False, "repetition_penalty": 5.0}),
+    ]
+    got, want = (m.generate_until(requests("generate_until", *asked)) for m in (ours, theirs))
+    assert got == want and got[1] == free.split(free[3:5])[0]
+
+
+def test_penalties_of_a_base_are_the_harness_business(worn, tok):
+    from inlay.evaluate.lm_eval import InlayLM
+
+    model, own = InlayLM(worn, tok), worn.model.generation_config
+    asked = {"until": ["x"], "max_gen_toks": 9}
+    assert model._settings(asked).stop == ("x", "</s>")
+    for more in ({"do_sample": True, "temperature": 0.7}, {"num_beams": 4}):
+        assert model._settings({**asked, **more}) is None
+    own.repetition_penalty = 1.3
+    assert model._settings(asked) is None
+    own.repetition_penalty = None
+
+
 def test_virtual_tokens_in_the_harness(worn, tok, tasks):
     from inlay.evaluate import GenerateSettings, generate, option_scores
-    from inlay.interop.lm_eval import InlayLM
+    from inlay.evaluate.lm_eval import InlayLM
 
     model = InlayLM(worn, tok, adapter="p+a", batch_size=4)
     assert model.max_length == 128 - 3
@@ -145,7 +192,7 @@ def test_virtual_tokens_in_the_harness(worn, tok, tasks):
 
 
 def test_by_name_and_from_folders(worn, tok, tasks, tmp_path):
-    from inlay.interop.lm_eval import InlayLM
+    from inlay.evaluate.lm_eval import InlayLM
 
     base("llama", positions=128).save_pretrained(tmp_path / "base")
     tok.save_pretrained(tmp_path / "base")
@@ -167,7 +214,7 @@ def test_by_name_and_from_folders(worn, tok, tasks, tmp_path):
 def test_the_command_line_knows_inlay(worn, tok, tasks, tmp_path, monkeypatch, capsys):
     import yaml
 
-    from inlay.interop.lm_eval import main
+    from inlay.evaluate.lm_eval import main
 
     base("llama", positions=128).save_pretrained(tmp_path / "base")
     tok.save_pretrained(tmp_path / "base")
@@ -196,7 +243,7 @@ def test_the_command_line_knows_inlay(worn, tok, tasks, tmp_path, monkeypatch, c
 
 
 def test_what_is_wrong_is_told(worn, tok):
-    from inlay.interop.lm_eval import InlayLM
+    from inlay.evaluate.lm_eval import InlayLM
 
     with pytest.raises(InlayError, match="either a host"):
         InlayLM()
