@@ -108,7 +108,7 @@ def lay_out(
         lengths: tokens of each sequence, at least 1.
         worn: what each wears. Virtual tokens stand before sequences without a parent.
         parents: the sequence that each one continues, which must stand before it in this list; it wears the same.
-        width: columns of a row (at least those of the largest family); None: one row.
+        width: columns of a row, at least those of the largest family (0: no more than those); None: one row.
     """
     parents = list(parents) if parents is not None else [None] * len(lengths)
     cpu = torch.device("cpu")
@@ -119,7 +119,9 @@ def lay_out(
         raise InlayError("a sequence that continues another one wears the same adapters")
     sizes = {r: need[r] + sum(lengths[i] for i in own) for r, own in members.items()}
     heads = list(members)
-    rows = [list(range(len(heads)))] if width is None else rows_of([sizes[r] for r in heads], width)
+    rows = (
+        [list(range(len(heads)))] if width is None else rows_of([sizes[r] for r in heads], max(width, *sizes.values()))
+    )
     W = max(sum(sizes[heads[h]] for h in row) for row in rows)
     position, owner, place = (torch.full((len(rows), W), v) for v in (0, -1, -1))
     start, row_of = [0] * len(lengths), [0] * len(lengths)

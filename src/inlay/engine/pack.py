@@ -54,11 +54,9 @@ def pack(
     """
     told = takes_positions(host.model)
     if parents is not None and not told and any(p is not None for p in parents):
-        raise InlayError(
-            f"{type(host.model).__name__} counts positions by columns: it cannot read continuations packed"
-        )
+        raise InlayError(f"{type(host.model).__name__} counts positions by columns: continuations cannot be packed")
     # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
-    width = None if has_interface(host.model) else 1
+    width = None if has_interface(host.model) else 0
     layout = host.lay_out([len(s) for s in ids], parents, width)
     scored: list[int] = []
     target: list[int] = []

@@ -91,6 +91,8 @@ def fit(
         journal = Journal(run_dir, loop.step)
         stack.callback(journal.close)
         _announce(loop, journal, run_dir, found)
+        if (where := settings.run.cache_activations) != "off":
+            journal.say(loop.way.remember(name, train, "ram" if where == "ram" else run_dir))
         with training(host, name, settings.run.gradient_checkpointing), loop.way.active():
             _run(loop, run_dir, data, journal, stack)
         return _finish(loop, run_dir, journal, about)

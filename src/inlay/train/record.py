@@ -33,6 +33,8 @@ OURS = (
     "wandb.id",
     "tensorboard",
     "adapter",
+    "activations.bin",
+    "activations.bin.done",
 )
 """What a run writes, besides its checkpoints."""
 PACKAGES = ("inlay", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "accelerate")

@@ -109,6 +109,9 @@ class RunSettings:
     the same losses to rounding. Where packing cannot serve a model, the run says so and is plain."""
     pack_tokens: int | None = None
     """Tokens per forward of the packed engine; 1024 on a CPU and 8192 elsewhere if not given."""
+    cache_activations: Literal["off", "ram", "disk"] = "off"
+    """Where adapters hang in upper blocks only: keep what the blocks below say of each example, in memory or in the
+    run folder, and pass over those blocks from the second epoch on."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass: less memory, more time."""
     eval_every: int = 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from inlay.core.host import Host
 from inlay.engine import head
 from inlay.engine.attention import apart
+from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example
 from inlay.engine.linear import fast_linears
 from inlay.engine.pack import pack, packs
@@ -39,6 +41,9 @@ class Way(Protocol):
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Around every forward and backward."""
+
+    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+        """Keep what lies below the adapter from epoch to epoch; returns what to say of it."""
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
@@ -68,12 +73,17 @@ class Plain:
         """Nothing to prepare."""
         return contextlib.nullcontext()
 
+    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+        """Padded batches are never cached."""
+        return "activations are not cached: batches are padded, not packed"
+
 
 class Packed:
     """Sequences side by side, up to `budget` tokens a forward; logits where a token is learned."""
 
     def __init__(self, host: Host, pad: int, budget: int):
         self.host, self.pad, self.budget = host, pad, budget
+        self.cache: Cache | None = None
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """As few packs as fit."""
@@ -82,7 +92,14 @@ class Packed:
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """One packed forward."""
         made = pack(self.host, [r.input_ids for r in rows], [r.labels for r in rows], filler=self.pad)
-        return head.loss_sum(self.host, made)
+        with self.cache.serving(rows, made.layout) if self.cache else contextlib.nullcontext():
+            return head.loss_sum(self.host, made)
+
+    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+        """Raises InlayError where nothing can be cached."""
+        self.cache = Cache(self.host, name, examples, where)
+        told = f"the {self.cache.below} lower blocks of {self.host.anatomy.layers} run once per example"
+        return f"{told}; caching that takes {self.cache.bytes:,} bytes"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

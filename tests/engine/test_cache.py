@@ -1,0 +1,83 @@
+"""Passing over frozen blocks changes nothing but the work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+from inlay.core.errors import InlayError
+from inlay.engine.cache import Cache, lowest
+from inlay.train import fit
+from inlay.train.ways import Packed
+from tests.engine.test_packed import ROWS, gradients
+from tests.laws.zoo import base, excite, small
+from tests.train.tiny import copy, rows, same, settings, wearing
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom", "gpt_neox", "opt", "falcon", "mixtral"])
+def test_the_second_time_is_the_first(family, where, tmp_path):
+    host = inlay.attach(base(family)).add("a", small("lora"), at="o@1", seed=0)
+    for m in host.model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    host.model.config.attention_dropout = 0.0
+    excite(host)
+    way = Packed(host, 0, 14)
+    want = gradients(host, "a", way, ROWS)
+    way.cache = Cache(host, "a", ROWS, "ram" if where == "ram" else tmp_path)
+    first = gradients(host, "a", way, ROWS)
+    ran = []
+    blocks = {s.layer: host.model.get_submodule(s.path) for s in host.anatomy.spots if s.role == "block"}
+    inner = next(m for m in blocks[0].modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")
+    handle = inner.register_forward_hook(lambda *_: ran.append(1))
+    second = gradients(host, "a", way, ROWS)
+    way.split = lambda examples: [list(reversed(examples))]  # other packs than those that filled it
+    third = gradients(host, "a", way, ROWS)
+    handle.remove()
+    assert not ran, "the block below is not computed again"
+    assert want[0] == first[0] == second[0] and third[0] == pytest.approx(want[0], rel=1e-6)
+    for key in want[1]:
+        assert torch.equal(want[1][key], second[1][key])
+    assert "forward" not in vars(blocks[0])
+
+
+def test_a_run_and_its_continuation(tmp_path):
+    """Disk keeps the bits of a resumed run; what is trained is what is trained without a cache."""
+    data = rows(12)
+    made = {}
+    for name, changes in {
+        "off": {},
+        "ram": {"cache_activations": "ram"},
+        "disk": {"cache_activations": "disk"},
+    }.items():
+        host = wearing(at="q,v@1")
+        made[name] = (
+            fit(host, "a", data, [], settings(tmp_path / name, steps=9, **changes), tmp_path / name, None),
+            copy(host),
+        )
+    for name in ("ram", "disk"):
+        assert made[name][0].loss == pytest.approx(made["off"][0].loss, rel=1e-5)
+        assert "lower blocks of 2 run once" in (tmp_path / name / "log.txt").read_text()
+    host = wearing(at="q,v@1")
+    changed = settings(tmp_path / "disk", steps=9, cache_activations="disk")
+    fit(host, "a", data, [], changed, tmp_path / "disk", None, resume=tmp_path / "disk" / "checkpoint-6")
+    assert same(copy(host), made["disk"][1])
+
+
+def test_refused(tmp_path):
+    host = inlay.attach(base("llama")).add("a", small("lora"), seed=0).add("p", small("prompt"), seed=0)
+    assert lowest(host, "a") == 0 == lowest(host, "p")
+    with pytest.raises(InlayError, match="hang it higher"):
+        Cache(host, "a", ROWS, "ram")
+    host = inlay.attach(base("gpt2")).add("a", small("lora"), at="o@1", seed=0)
+    with pytest.raises(InlayError, match="drops activations"):
+        Cache(host, "a", ROWS, "ram")
+
+
+def test_no_room_is_said_before_training(monkeypatch, tmp_path):
+    host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda p: type("Usage", (), {"free": 10})())
+    with pytest.raises(InlayError, match="need .* bytes, 10 are free"):
+        Cache(host, "a", ROWS, tmp_path)
