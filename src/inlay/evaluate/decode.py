@@ -33,6 +33,7 @@ from inlay.evaluate.batches import (
     quiet,
     room,
     row_plans,
+    turns,
     wear,
 )
 
@@ -140,9 +141,10 @@ def generate_each(
     seeds = list(seeds) if seeds is not None else _seeds(settings.seed, ids, plans)
     if len(seeds) != len(ids):
         raise InlayError(f"{len(seeds)} seeds for {len(ids)} prompts")
+    first = turns(plans)
     limits = [_limit(host, i, row, worn, settings) for i, (row, worn) in enumerate(zip(ids, plans, strict=True))]
     rows = [Row(i, *told) for i, told in enumerate(zip(ids, plans, seeds, limits, strict=True))]
-    rows.sort(key=lambda r: (-len(r.ids), r.index))
+    rows.sort(key=lambda r: (first[r.worn], -len(r.ids), r.index))
     way = _in_slots if rows and settings.beams == 1 and slots.serves(host) else _in_batches
     yield from way(host, tokenizer, rows, settings)
 

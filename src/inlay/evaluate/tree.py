@@ -30,7 +30,7 @@ from inlay.engine.head import hidden
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import ROOM
 from inlay.engine.pack import Pack, takes_positions
-from inlay.evaluate.batches import SHARED, Tried, beginning, one_plan, quiet, room, window
+from inlay.evaluate.batches import SHARED, Tried, beginning, one_plan, quiet, room, turns, window
 
 Said = tuple[float, bool]
 """An option's log-likelihood in nats, and whether greedy decoding would say it."""
@@ -235,7 +235,7 @@ class Scorer:
 def scores(
     host: Host, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[Sequence[int]]], plans: Sequence[Worn]
 ) -> Iterator[tuple[list[int], list[list[Said]]]]:
-    """Forward by forward: (prompts' indices, what their options score); the longest prompts first."""
+    """Forward by forward: (prompts' indices, what their options score)."""
     wearers = len(set(plans))
     alike = beginning(heads, leave=1)
     # Virtual tokens stand before the text: such a beginning would differ by row.
@@ -245,14 +245,18 @@ def scores(
     trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]
     size = [tree.tokens + room(host, worn) for tree, worn in zip(trees, plans, strict=True)]
     budget = BUDGET.get(host.device.type, BUDGET_ELSEWHERE)
+    first = turns(plans)
+
+    def filled(group: Sequence[int]) -> int:
+        own = [size[i] for i in group]
+        return sum(own) if has_interface(host.model) else len(own) * max(own)
+
     group: list[int] = []
-    filled = 0
-    for i in sorted(range(len(heads)), key=lambda i: (-size[i], i)):
-        if group and filled + size[i] > budget:
+    for i in sorted(range(len(heads)), key=lambda i: (first[plans[i]], -size[i], i)):
+        if group and filled([*group, i]) > budget:
             yield group, scorer.score([trees[j] for j in group], [plans[j] for j in group])
-            group, filled = [], 0
+            group = []
         group.append(i)
-        filled += size[i] if has_interface(host.model) else size[group[0]]
     if group:
         yield group, scorer.score([trees[j] for j in group], [plans[j] for j in group])
 
