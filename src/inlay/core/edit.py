@@ -67,9 +67,10 @@ class Edit:
     """True if `call.position_BT` is used."""
     everywhere: ClassVar[bool] = False
     """True if the method makes sense only when it hangs in every layer."""
-    coarse: ClassVar[bool] = False
-    """True if the tensors may be rounded to a 16-bit base's type for speed (`Host.fast`): products of small numbers
-    may, gains near 1 may not, as their steps would be lost."""
+    coarse: ClassVar[tuple[str, ...] | None] = None
+    """Tensors that may be rounded to a 16-bit base's type for speed (`Host.fast`); the edit then meets x and y in that
+    type and every other tensor in float32. Factors of products may, gains near 1 may not: their steps would be lost.
+    None: everything is in float32."""
     room_positions: ClassVar[str] = "count"
     """Position ids of the reserved columns: `count` (0, 1, 2 ...) or `zero` (all 0: keys meet no rotation)."""
 
@@ -97,6 +98,11 @@ class Edit:
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """What is passed on instead of y (B, T, D_out); x is what the layer was first given."""
         return y
+
+    def rounded(self, w: Weights, dtype: torch.dtype) -> Weights:
+        """The tensors in the type of a forward: in 16 bits, the coarse ones only."""
+        whole = dtype.itemsize > 2 or self.coarse is None
+        return {k: v.to(dtype) if v.is_floating_point() and (whole or k in self.coarse) else v for k, v in w.items()}  # type: ignore[operator]
 
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
         """A term that the training loop adds to the loss, from the tensors of all places (place key -> tensors)."""

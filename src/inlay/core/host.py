@@ -301,7 +301,7 @@ class Host:
     # ---- one forward -------------------------------------------------------------------------------------------------
     def precision(self, y: Tensor, names: Iterable[str]) -> torch.dtype:
         """The type in which these adapters' edits of y are computed; their result is rounded once, to y's type."""
-        coarse = self.fast and all(self.edits[n].coarse for n in names)
+        coarse = self.fast and all(self.edits[n].coarse is not None for n in names)
         return y.dtype if coarse or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict):

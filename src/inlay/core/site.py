@@ -130,7 +130,7 @@ class Site(nn.Module):
         dtype = host.precision(out, names)
         jobs: list[route.Job] = []
         for n in names:
-            w = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors(n).items()}
+            w = host.edits[n].rounded(self.tensors(n), dtype)
             jobs.append((n, host.edits[n], w, host.now.call(n, self.places[n])))
         by_rows = any(host.now.rows[n] is not None or host.edits[n].positional for n in names)
         x_, out_ = (self._rows(t) if by_rows else t for t in (x, out))

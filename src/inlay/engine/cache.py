@@ -136,6 +136,6 @@ def refused(host: Host, below: int) -> str:
         return "the adapter reaches down to the first block (or has virtual tokens); hang it higher, e.g. 'q,v@last4'"
     drops = [n for n, m in host.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
     config: Any = host.model.config.get_text_config()  # type: ignore[operator, union-attr]
-    if drops or getattr(config, "attention_dropout", 0):
+    if drops or bool(getattr(config, "attention_dropout", 0)):
         return f"the base drops activations while it trains ({drops[0] if drops else 'attention_dropout'})"
     return ""

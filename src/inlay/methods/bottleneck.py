@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Bottleneck(Edit):
     kind = "bottleneck"
     at = "down"
     wirings = ("output", "input", "parallel")
-    coarse = True
+    coarse: ClassVar[tuple[str, ...] | None] = ("D", "U", "c", "e")
 
     size: int = 256
     """Bottleneck width m."""
@@ -112,6 +112,7 @@ class Compacter(Bottleneck):
     """
 
     kind = "compacter"
+    coarse = None
     at = "o,down"
     size: int = 24
     """Bottleneck width; a multiple of n."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class LoRA(Edit):
     """
 
     kind = "lora"
-    coarse = True
+    coarse: ClassVar[tuple[str, ...] | None] = ("A", "B", "_A0", "_B0")
     rank: int = 32
     """Inner width r. LLM-Adapters uses 32, the LoRA paper 1-64."""
     alpha: float = 64.0
@@ -89,7 +89,7 @@ class DoRA(LoRA):
     """
 
     kind = "dora"
-    coarse = False
+    coarse = ("A", "B")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +110,8 @@ class DoRA(LoRA):
             n = (w["_square"] + 2 * s * (B * WAt).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)).clamp(min=0).sqrt()
         gain = w["m"] / n
         x = dropout(x, self.dropout, call.training)
-        return low_rank(x, A, gain[:, None] * B, s, onto=torch.addcmul(y, y - b, gain - 1))
+        scaled = torch.addcmul(y, y - b, gain - 1) if call.place.has_bias else gain * y
+        return low_rank(x, A, (gain[:, None] * B).to(B.dtype), s, onto=scaled)
 
 
 @dataclass(frozen=True, kw_only=True)

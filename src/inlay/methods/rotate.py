@@ -65,6 +65,14 @@ class RoAd(Edit):
         return (cos, sin) if self.variant == 2 else (cos[0], sin[1])
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        if self.pairing == "adjacent":
+            y = y.to(w["a"].dtype)
+            # A pair is a complex number: one block turns and stretches it as a product does, y^ is i y.
+            z = torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous())
+            if self.variant == 1:
+                return torch.view_as_real(z * torch.polar(w["a"], w["theta"])).flatten(-2)
+            R1, R2 = self.rows(w)
+            return R1 * y + R2 * torch.view_as_real(1j * z).flatten(-2)
         R1, R2 = self.rows(w)
         first, second = self._pairs(y)
         return R1 * y + R2 * self._join(-second, first)
