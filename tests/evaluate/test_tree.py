@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import inlay
+from inlay.engine import pack
 from inlay.evaluate import option_scores, tree
 from tests.evaluate.test_slots import Ids, dressed, prompts
 from tests.laws import zoo
@@ -34,7 +35,7 @@ def alone(host, ids, option, name) -> float:
 @pytest.mark.parametrize("beginning", [0, 11])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_as_alone(family, beginning, monkeypatch):
-    monkeypatch.setitem(tree.BUDGET, "cpu", 60)
+    monkeypatch.setitem(pack.BUDGET, "cpu", 60)
     host, rows = dressed(family), prompts(beginning=beginning)
     for plan in (PLAN, ["lora", None] * 4):  # without virtual tokens, the beginning is computed once
         with warnings.catch_warnings(record=True) as told:

@@ -16,6 +16,15 @@ from inlay.core.layout import Layout, rows_of
 from inlay.engine.attention import has_interface
 from inlay.engine.example import IGNORED, Example
 
+BUDGET = {"cpu": 1024}
+"""Tokens of a forward by kind of device: what keeps it busy, and no more memory than that."""
+BUDGET_ELSEWHERE = 8192
+
+
+def budget(device: torch.device) -> int:
+    """Tokens that a forward on this device should hold."""
+    return BUDGET.get(device.type, BUDGET_ELSEWHERE)
+
 
 @dataclass(frozen=True)
 class Pack:

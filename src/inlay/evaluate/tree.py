@@ -29,14 +29,11 @@ from inlay.engine.attention import apart, attending, capped, has_interface, stra
 from inlay.engine.head import hidden
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import ROOM
-from inlay.engine.pack import Pack, takes_positions
+from inlay.engine.pack import Pack, budget, takes_positions
 from inlay.evaluate.batches import SHARED, Tried, beginning, one_plan, quiet, room, turns, window
 
 Said = tuple[float, bool]
 """An option's log-likelihood in nats, and whether greedy decoding would say it."""
-BUDGET = {"cpu": 1024}
-"""Tokens of a forward by kind of device."""
-BUDGET_ELSEWHERE = 8192
 
 
 @dataclass
@@ -244,7 +241,7 @@ def scores(
     scorer = Scorer(host, heads[0][:shared])
     trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]
     size = [tree.tokens + room(host, worn) for tree, worn in zip(trees, plans, strict=True)]
-    budget = BUDGET.get(host.device.type, BUDGET_ELSEWHERE)
+    most = budget(host.device)
     first = turns(plans)
 
     def filled(group: Sequence[int]) -> int:
@@ -253,7 +250,7 @@ def scores(
 
     group: list[int] = []
     for i in sorted(range(len(heads)), key=lambda i: (first[plans[i]], -size[i], i)):
-        if group and filled([*group, i]) > budget:
+        if group and filled([*group, i]) > most:
             yield group, scorer.score([trees[j] for j in group], [plans[j] for j in group])
             group = []
         group.append(i)

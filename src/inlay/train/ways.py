@@ -21,13 +21,9 @@ from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import pack, packs
+from inlay.engine.pack import budget, pack, packs
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
-
-BUDGET = {"cpu": 1024}
-"""Tokens of a pack by kind of device: what keeps it busy, and no more memory than that."""
-BUDGET_ELSEWHERE = 8192
 
 
 class Way(Protocol):
@@ -118,7 +114,7 @@ def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: S
     plain = Plain(host, pad, settings.optim.micro_batch)
     if run.engine == "plain":
         return plain, ""
-    packed = Packed(host, pad, run.pack_tokens or BUDGET.get(host.device.type, BUDGET_ELSEWHERE))
+    packed = Packed(host, pad, run.pack_tokens or budget(host.device))
     why = _refused(host, name, plain, packed, sorted(examples, key=lambda e: len(e.input_ids))[:3])
     return (plain, f"batches are padded, not packed: {why}") if why else (packed, "")
 
