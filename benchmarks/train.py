@@ -1,0 +1,179 @@
+"""Training: `inlay.train`'s own loop against HF PEFT under `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bases import ALL_LINEARS, llama
+from benchmarks.lengths import Row
+
+LR = 1e-4
+METHODS = ("lora", "road", "prefix")
+
+
+def peft_config(method: str) -> Any:
+    """PEFT's own settings of a method."""
+    import peft
+
+    if method == "lora":
+        return peft.LoraConfig(r=8, lora_alpha=16, target_modules=ALL_LINEARS)
+    if method == "road":
+        return peft.RoadConfig(variant="road_1", group_size=64, target_modules=ALL_LINEARS)
+    return peft.PrefixTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM")
+
+
+def batches(examples: Sequence[Row], size: int) -> list[list[Row]]:
+    """Batches in the order of the examples."""
+    return [list(examples[i : i + size]) for i in range(0, len(examples) - size + 1, size)]
+
+
+class Peer:
+    """PEFT under Trainer: dynamic padding on the right, AdamW, no dropout, no checkpointing."""
+
+    def __init__(self, model: Any, method: str, examples: Sequence[Row], size: int, adapter: Path | None = None):
+        import peft
+
+        self.examples, self.size = examples, size
+        self.model = peft.get_peft_model(model, peft_config(method))
+        if adapter is not None:
+            self.model.save_pretrained(adapter)
+
+    def steps(self, number: int) -> tuple[list[float], list[float]]:
+        """(losses, seconds) of so many optimizer steps from the first example on."""
+        from torch.utils.data import SequentialSampler
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        losses: list[float] = []
+        marks: list[float] = []
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                marks.append(time.perf_counter())
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                marks.append(time.perf_counter())
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                if "loss" in logs:
+                    losses.append(float(logs["loss"]))
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+                return SequentialSampler(self.train_dataset)
+
+        def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+            wide = max(len(r["input_ids"]) for r in rows)
+            pad = [wide - len(r["input_ids"]) for r in rows]
+            return {
+                "input_ids": torch.tensor([r["input_ids"] + [0] * n for r, n in zip(rows, pad, strict=True)]),
+                "attention_mask": torch.tensor(
+                    [[1] * len(r["input_ids"]) + [0] * n for r, n in zip(rows, pad, strict=True)]
+                ),
+                "labels": torch.tensor([r["labels"] + [-100] * n for r, n in zip(rows, pad, strict=True)]),
+            }
+
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args = TrainingArguments(
+                folder,
+                max_steps=number,
+                per_device_train_batch_size=self.size,
+                learning_rate=LR,
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=next(self.model.parameters()).device.type == "cpu",
+                dataloader_pin_memory=False,
+                remove_unused_columns=False,
+            )
+            data: Any = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
+            InOrder(model=self.model, args=args, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
+        return losses, [b - a for a, b in zip(marks[0::2], marks[1::2], strict=True)]
+
+
+class Ours:
+    """`inlay.train`'s loop over the same examples in the same order."""
+
+    def __init__(
+        self,
+        model: Any,
+        method: str,
+        examples: Sequence[Row],
+        size: int,
+        adapter: Path | None = None,
+        at: str = "linear",
+        **run: Any,
+    ):
+        import inlay
+        from inlay.train.loop import Loop
+        from inlay.train.settings import OptimSettings, RunSettings, TrainSettings
+
+        self.host = inlay.attach(model)
+        if adapter is not None:
+            from inlay.interop import formats
+
+            name = formats.read(self.host, adapter, "a")
+        else:
+            name = "a"
+            settings = {
+                "lora": {"rank": 8, "alpha": 16.0},
+                "road": {"variant": 1},
+                "series": {"size": 64},
+                "prefix": {"tokens": 16},
+            }[method]
+            row = inlay.method({"road": "road1"}.get(method, method))
+            self.host.add(name, row.make(**settings), at=at if method != "prefix" else None, seed=0)
+        optim = OptimSettings(batch_size=size, micro_batch=size, lr=LR, warmup=0, schedule="constant", steps=10**6)
+        settings = TrainSettings(
+            model="random", out=Path("unused"), optim=optim, run=RunSettings(progress=False, loggers=("none",), **run)
+        )
+        self.name = name
+        self.loop = Loop(self.host, name, list(examples), [], settings, 0)
+        cut = batches(examples, size)
+        self.loop.feed.step = lambda number: cut[number % len(cut)]  # type: ignore[method-assign]
+        self.examples = list(examples)
+
+    def steps(self, number: int) -> tuple[list[float], list[float]]:
+        """(losses, seconds) of so many optimizer steps from the first example on."""
+        from inlay.train.loop import training
+
+        self.loop.step = 0
+        losses, seconds = [], []
+        with training(self.host, self.name, False), self.loop.way.active():
+            for _ in range(number):
+                began = time.perf_counter()
+                losses.append(self.loop.advance()["loss"])
+                seconds.append(time.perf_counter() - began)
+        return losses, seconds
+
+
+def agree(ours: Ours, peer: Peer, steps: int, near: float) -> str:
+    """The largest relative difference of the losses of the first steps; RuntimeError if it is not small."""
+    a, b = ours.steps(steps)[0], peer.steps(steps)[0]
+    worst = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+    if worst > near:
+        raise RuntimeError(f"losses differ: {a} and {b}")
+    return f"losses of {steps} steps agree to {worst:.0e}"
+
+
+def pair(
+    size: str, kind_rows: Sequence[Row], method: str, dtype: str, batch: int, folder: Path, device: str = "cpu"
+) -> tuple[Ours, Peer]:
+    """Both sides with the same base and the same adapter."""
+    peer = Peer(llama(size, dtype, device), method, kind_rows, batch, folder)
+    return Ours(llama(size, dtype, device), method, kind_rows, batch, folder), peer
+
+
+def turn(side: Ours | Peer, steps: int) -> Callable[[], float]:
+    """Seconds of a round's steps, the first of which is not counted."""
+    return lambda: sum(side.steps(steps + 1)[1][1:])
