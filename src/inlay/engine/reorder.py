@@ -20,10 +20,11 @@ from inlay.core.product import slow_default
 
 
 class Reordered:
-    """A model's frozen linears with reordered copies of their weights, which live as long as this object."""
+    """A model's frozen linears with reordered copies of their weights, which live as long as this object; none without
+    a model."""
 
-    def __init__(self, model: nn.Module):
-        self._linears = [m for m in model.modules() if _reorderable(m)]
+    def __init__(self, model: nn.Module | None = None):
+        self._linears = [m for m in model.modules() if _reorderable(m)] if model is not None else []
         self._kept: dict[nn.Module, tuple[tuple[int, int], Tensor]] = {}
 
     @property

@@ -215,17 +215,17 @@ def _in_slots(host: Host, tokenizer: Any, rows: list[Row], settings: GenerateSet
                 if ended(row):
                     done.append(row)
                     live[s] = None
-            if done:
+            if done or cache.due:
                 return done
 
+    start = time.perf_counter()
     while queue or any(live):
-        start = time.perf_counter()
         with quiet(host), host.using(None), cache.attending():
             done = until_done()
-        yield (
-            {row.index: _finish(row.tokens, tokenizer, ends, settings.stop) for row in done},
-            time.perf_counter() - start,
-        )
+        if done:
+            made = {row.index: _finish(row.tokens, tokenizer, ends, settings.stop) for row in done}
+            yield made, time.perf_counter() - start
+            start = time.perf_counter()
 
 
 def _close_up(cache: slots.Slots, live: list[Row | None]) -> None:

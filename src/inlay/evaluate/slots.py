@@ -83,22 +83,27 @@ class Slots(Cache):
     # ---- forwards ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def attending(self) -> Iterator[None]:
-        """Within the block, the base attends to slots."""
+        """Within the block, the base attends to slots, and its products are as fast as they get."""
         interface = has_interface(self.host.model)
 
         def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
             return None if interface else additive(self.sees(None), dtype)
 
         model = self.host.model
-        worth = self._steps >= REORDER
-        if worth and self._reordered is None and (made := Reordered(model)).fits():
-            self._reordered = made
+        if self.due:
+            made = Reordered(model)
+            self._reordered = made if made.fits() else Reordered()
         with (
             attending(self.host, f"inlay-slots-{id(self.host)}", self._attend, mask),
-            self._reordered.active() if self._reordered else contextlib.nullcontext(),
+            self._reordered.active() if self._reordered is not None else contextlib.nullcontext(),
             fast_linears(model),
         ):
             yield
+
+    @property
+    def due(self) -> bool:
+        """Whether entering `attending` anew would make the next steps faster."""
+        return self._steps >= REORDER and self._reordered is None
 
     def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], worn: Sequence[Worn]) -> Tensor:
         """Feed new rows, virtual tokens before their prompts; logits (B, V) of their next tokens."""
