@@ -47,6 +47,12 @@ def test_as_alone(family, beginning, monkeypatch):
             assert own == pytest.approx([alone(host, ids, o, name) for o in options], abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ALIBI)
+def test_alibi_is_refused_where_rounding_would_hide_it(family):
+    with pytest.warns(UserWarning, match="ALiBi"):
+        assert not tree.serves(inlay.attach(zoo.base(family, torch.bfloat16)), [[1, 2]], [[[3]]])
+
+
 def test_a_tree_holds_every_token_once():
     made = tree.grow([1, 2], [[7, 8, 9], [7, 8, 10], [7, 11], [7], [3]])
     assert made.sequences == [[1, 2], [7], [8]]  # the last token of an option is only looked up

@@ -97,6 +97,14 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def twice_biased(model: Any) -> bool:
+    """Whether a decoder would add its ALiBi twice under attention of another name, as Falcon does in transformers 5.
+
+    The difference can be smaller than a 16-bit base's rounding, so trying does not always tell.
+    """
+    return bool(getattr(model.config, "alibi", False))
+
+
 def packs(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     """Examples in groups of at most `budget` tokens (a longer one alone), each the content of one pack."""
     return [[examples[i] for i in own] for own in rows_of([len(e.input_ids) for e in examples], budget)]

@@ -26,6 +26,7 @@ from inlay.core.room import plan_room
 from inlay.core.route import Worn
 from inlay.engine.attention import additive, attending, capped, has_interface, strange
 from inlay.engine.linear import fast_linears
+from inlay.engine.pack import twice_biased
 from inlay.engine.reorder import Reordered
 from inlay.evaluate.batches import Tried, quiet, takes
 
@@ -248,6 +249,8 @@ def _longer(kept: Tensor, columns: int) -> Tensor:
 
 def _refused(host: Host) -> str:
     """Rows of unlike length begin together, one goes on, another takes its place: as alone and without a cache?"""
+    if twice_biased(host.model):
+        return "this decoder's ALiBi cannot be had under another attention"
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = [[(7 * i + 3 * r + 1) % vocabulary for i in range(n)] for r, n in enumerate((3, 5, 4))]
     slots = Slots(host, 2, 8)

@@ -29,7 +29,7 @@ from inlay.engine.attention import apart, attending, capped, has_interface, stra
 from inlay.engine.head import hidden
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import ROOM
-from inlay.engine.pack import Pack, budget, takes_positions
+from inlay.engine.pack import Pack, budget, takes_positions, twice_biased
 from inlay.evaluate.batches import SHARED, Tried, beginning, one_plan, quiet, room, turns, window
 
 Said = tuple[float, bool]
@@ -259,12 +259,13 @@ def scores(
 
 
 BRANCHED = (([3], [4, 8, 6, 1], [4, 2, 5], [7, 3, 7, 2]), ([9],))
-"""Options of two prompts: some share tokens, and more than one branch is computed. (ALiBi as decoders here compute it
-counts columns, so it would take neighbours for distance.)"""
+"""Options of two prompts: some share tokens, and more than one branch is computed."""
 
 
 def _refused(host: Host) -> str:
     """Two prompts with options that share tokens, with and without a shared beginning: as each alone?"""
+    if twice_biased(host.model) or not takes_positions(host.model):
+        return "this decoder's ALiBi counts columns, and would take neighbours for distance"
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     near = 1e-4 if host.dtype == torch.float32 else 3e-2
     heads = [[(5 * i + 1) % vocabulary for i in range(n)] for n in (4, 3)]

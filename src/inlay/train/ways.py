@@ -21,7 +21,7 @@ from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import budget, pack, packs
+from inlay.engine.pack import budget, pack, packs, twice_biased
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
 
@@ -122,6 +122,8 @@ def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: S
 @torch.no_grad()
 def _refused(host: Host, name: str, plain: Plain, packed: Packed, examples: Sequence[Example]) -> str:
     """Why packing does not serve this model; empty if it does."""
+    if twice_biased(host.model):
+        return "this decoder's ALiBi cannot be had under another attention"
     training = host.model.training
     host.model.eval()
     try:
