@@ -61,4 +61,5 @@ class Generation:
         if same < 0.98 * len(ours):
             raise RuntimeError(f"only {same} of {len(ours)} texts agree")
         lengths = sorted(map(len, peer))
-        return f"{same} of {len(ours)} texts equal; {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
+        median = lengths[len(lengths) // 2]
+        return f"{same} of {len(ours)} texts equal; {lengths[0]} to {lengths[-1]} tokens, median {median}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,17 +40,17 @@ class Result:
     note: str = ""
 
 
-def rounds(variants: Mapping[str, Callable[[], float | None]], number: int) -> dict[str, list[float]]:
+def rounds(variants: Mapping[str, Callable[[], object]], number: int) -> dict[str, list[float]]:
     """Seconds of each variant in each round, one after another within a round; a first round is thrown away.
 
-    A variant may return its own seconds, where part of its work is not to be counted.
+    A variant may return its own seconds (a float), where part of its work is not to be counted.
     """
     found: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(number + 1):
         for name, run in variants.items():
             began = time.perf_counter()
             told = run()
-            seconds = time.perf_counter() - began if told is None else told
+            seconds = told if isinstance(told, float) else time.perf_counter() - began
             if turn:
                 found[name].append(seconds)
     return found
@@ -104,8 +103,9 @@ def peak(*arguments: str) -> float:
 
 
 def own_peak() -> float:
-    """Peak resident MiB of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident MiB of this process. (Not getrusage's: that remembers the parent's size from before exec.)"""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
 def machine() -> dict[str, object]:

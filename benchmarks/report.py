@@ -1,0 +1,64 @@
+"""docs/benchmarks.md and its plot, from docs/benchmarks.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+
+MARK = "<!-- measured -->"
+
+
+def write(path: Path = RESULTS) -> None:
+    """Replace what stands below the mark in docs/benchmarks.md, and draw the plot."""
+    results = json.loads(path.read_text())
+    page = path.with_suffix(".md")
+    text = page.read_text().split(MARK)[0] if page.exists() else "# Benchmarks\n\n"
+    page.write_text(f"{text}{MARK}\n\n{table(results)}\n")
+    plot(results, path.with_suffix(".png"))
+
+
+def table(results: list[dict]) -> str:
+    """Every result, one row each."""
+    lines = [
+        "| workload | peer | ours | peer's | ratio (range over rounds) | rounds | notes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        ratio = f"{r['ratio']:.2f} {'×' if r['metric'] == 'times faster' else 'of it'} ({r['low']:.2f}–{r['high']:.2f})"
+        digits = 0 if r["unit"] == "MiB" else 4
+        lines.append(
+            f"| {r['workload']} | {r['peer_is']} | {r['ours']:.{digits}f} {r['unit']} | "
+            f"{r['peer']:.{digits}f} {r['unit']} | {ratio} | {r['rounds']} | {r['note']} |"
+        )
+    last = results[-1]
+    machines = sorted({json.dumps(r["machine"], sort_keys=True) for r in results})
+    about = "\n".join(f"- `{m}`" for m in machines)
+    commands = "\n".join(f"- `{c}`" for c in sorted({r["command"] for r in results}))
+    return "\n".join([*lines, "", f"Measured {last['date']} on:", "", about, "", "Commands:", "", commands])
+
+
+def plot(results: list[dict], file: Path) -> None:
+    """How many times faster, as bars with the range over rounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [r for r in results if r["metric"] == "times faster" and r["ratio"] < 30]
+    figure, axis = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2), layout="constrained")
+    names = [f"{r['workload']}  |  {r['peer_is']}" for r in shown]
+    ratios = [r["ratio"] for r in shown]
+    ranges = [[r["ratio"] - r["low"] for r in shown], [r["high"] - r["ratio"] for r in shown]]
+    axis.barh(names, ratios, xerr=ranges, color="#3b7dd8", ecolor="#333333", capsize=2, height=0.7)
+    axis.axvline(1, color="black", linewidth=1)
+    for y, ratio in enumerate(ratios):
+        axis.text(0.05, y, f"{ratio:.2f}×", va="center", color="white", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("times faster than the peer (bars: median of rounds; whiskers: range)")
+    axis.tick_params(axis="y", labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.savefig(file, dpi=140)
+    plt.close(figure)
