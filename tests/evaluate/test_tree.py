@@ -53,6 +53,18 @@ def test_alibi_is_refused_where_rounding_would_hide_it(family):
         assert not tree.serves(inlay.attach(zoo.base(family, torch.bfloat16)), [[1, 2]], [[[3]]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_changed_behind_the_head_are_noticed(dtype):
+    import transformers as hf
+
+    config = hf.Gemma2Config(head_dim=8, final_logit_softcapping=9.0, **zoo.GQA)
+    model = hf.Gemma2ForCausalLM(config).to(dtype).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    with pytest.warns(UserWarning, match="behind the head"):
+        assert not tree.serves(inlay.attach(model), [[1, 2]], [[[3]]])
+
+
 def test_a_tree_holds_every_token_once():
     made = tree.grow([1, 2], [[7, 8, 9], [7, 8, 10], [7, 11], [7], [3]])
     assert made.sequences == [[1, 2], [7], [8]]  # the last token of an option is only looked up

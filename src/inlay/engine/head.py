@@ -22,6 +22,21 @@ def hidden(host: Host, pack: Pack) -> Tensor:
     return out.last_hidden_state.flatten(0, 1)[pack.scored_N]
 
 
+@torch.no_grad()
+def is_whole(host: Host) -> bool:
+    """Whether logits are what the head says of the last hidden states: no cap (Gemma 2), no scale (Cohere, Granite).
+
+    The same products are compared, so that no precision hides a difference.
+    """
+    vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.arange(4, device=host.device)[None] % vocabulary
+    with host.using(None):
+        said: Any = host.model(ids, use_cache=False).logits
+        states: Any = host.model.base_model(ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+        bare = host.model.get_output_embeddings()(states)  # type: ignore[operator]
+    return bool((bare - said).abs().max() <= 1e-5 * said.abs().max())
+
+
 def log_likelihood(host: Host, pack: Pack) -> Tensor:
     """log p(target) at each scored position (N,), float32, no gradients."""
     h = hidden(host, pack)

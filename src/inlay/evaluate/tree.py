@@ -26,7 +26,7 @@ from inlay.core.host import Host
 from inlay.core.layout import Layout
 from inlay.core.route import Worn
 from inlay.engine.attention import apart, attending, capped, has_interface, strange
-from inlay.engine.head import hidden
+from inlay.engine.head import hidden, is_whole
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import ROOM
 from inlay.engine.pack import Pack, budget, takes_positions, twice_biased
@@ -273,6 +273,8 @@ def _refused(host: Host) -> str:
     try:
         want = []
         with quiet(host), host.using(None):
+            if not is_whole(host):
+                return "this decoder changes its logits behind the head"
             for head, options in zip(heads, tails, strict=True):
                 for tail in options:
                     ids = torch.tensor([head + tail], device=host.device)

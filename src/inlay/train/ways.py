@@ -127,6 +127,8 @@ def _refused(host: Host, name: str, plain: Plain, packed: Packed, examples: Sequ
     training = host.model.training
     host.model.eval()
     try:
+        if not head.is_whole(host):
+            return "this decoder changes its logits behind the head"
         with host.using(name):
             want = float(plain.loss(examples))
             with packed.active():
