@@ -243,3 +243,10 @@ def test_tasks_import_neither_torch_nor_datasets() -> None:
     code = "import sys, inlay.tasks.leaks, inlay.tasks.score; print({'torch', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_file_of_another_task_is_recognised(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"original_text": "q", "equation": "x=1+1", "ans": 2}]))
+    with pytest.raises(InlayError, match=r"Rows of MAWPS look like this: name that task \(--task mawps\)"):
+        load("gsm8k", "test", file)

@@ -158,7 +158,11 @@ def _record(row: Any, task: Task, split: str, where: str, index: int) -> Record 
     forms = [("instruction", "input", "output", "answer"), *(form.fields for form in task.formats)]
     best = max(forms, key=lambda fields: sum(name in row for name in fields))
     missing = ", ".join(repr(name) for name in best if name not in row)
-    raise InlayError(f"{at}: field {missing} is missing; it has {', '.join(sorted(row)) or 'none'}")
+    alike = [
+        t.name for t in table.TASKS.values() if any(all(name in row for name in form.fields) for form in t.formats)
+    ]
+    hint = f". Rows of {', '.join(alike)} look like this: name that task (--task {alike[0].lower()})" if alike else ""
+    raise InlayError(f"{at}: field {missing} is missing; it has {', '.join(sorted(row)) or 'none'}{hint}")
 
 
 def _plain(row: Row, task: Task, split: str, at: str) -> Record:
