@@ -38,8 +38,8 @@ def host_of(model: nn.Module) -> Host:
     return host
 
 
-def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Write an adapter in Inlay's format (see `inlay.core.store`)."""
+def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None, **parts: Any) -> Path:
+    """Write an adapter in Inlay's format (see `inlay.core.store.save`, which also takes the `parts`)."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -48,7 +48,7 @@ def save(host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | N
             versions[package] = version(package)
         except PackageNotFoundError:  # run from a source tree
             continue
-    return store.save(host, name, folder, about, versions)
+    return store.save(host, name, folder, about, versions, **parts)
 
 
 def load(host: Host, folder: str | Path, name: str | None = None, allow_other_base: bool = False) -> str:

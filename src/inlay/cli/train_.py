@@ -28,9 +28,12 @@ def run(s: TrainFlags) -> None:
 
     quiet()
     from inlay.train import train
+    from inlay.train.ranks import rank
 
     settings = TrainSettings(**{f.name: getattr(s, f.name) for f in dataclasses.fields(TrainSettings)})
     result = train(settings, resume=s.resume, overwrite=s.overwrite)
+    if rank():
+        return
     out = Console(highlight=False)
     best = (
         f"; best validation loss {result.val_loss:.4f}, step {result.best_step}" if result.val_loss is not None else ""

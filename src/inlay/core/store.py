@@ -55,16 +55,24 @@ def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
 
 
 def save(
-    host: Host, name: str, folder: str | Path, about: Mapping[str, Any] | None = None, versions: Mapping | None = None
+    host: Host,
+    name: str,
+    folder: str | Path,
+    about: Mapping[str, Any] | None = None,
+    versions: Mapping | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter; an adapter already in the folder is replaced, and stays whole if anything fails.
 
     Args:
         about: anything to keep with it (template, training run, notes); JSON values.
         versions: of the software that made it.
+        tensors: the adapter's, where the host holds parts of them only.
+        base: the base's fingerprint, likewise.
     """
     folder = Path(folder)
-    tensors = {k: v.detach().to("cpu").contiguous() for k, v in host.tensors(name).items()}
+    tensors = {k: v.detach().to("cpu").contiguous() for k, v in (tensors or host.tensors(name)).items()}
     file = folder / f"adapter-{content_digest(tensors)[:12]}.safetensors"
     replace_file(file, lambda partial: save_file(tensors, partial))
     record = {
@@ -77,7 +85,7 @@ def save(
         "base": {
             "name": getattr(host.model.config, "_name_or_path", "") or None,
             "family": host.anatomy.family,
-            **fingerprint(host),
+            **(base or fingerprint(host)),
         },
         "about": dict(about or {}),
         "versions": {"torch": torch.__version__, **(versions or {})},

@@ -17,8 +17,9 @@ from inlay.train import checkpoint, record
 from inlay.train.bar import Bar
 from inlay.train.batches import usable
 from inlay.train.loop import Diverged, Loop, seed_everything, training
+from inlay.train.ranks import joined
 from inlay.train.settings import TrainSettings, identity
-from inlay.train.track import Journal, chosen, trackers
+from inlay.train.track import Journal, Mute, chosen, trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +81,21 @@ def fit(
         "validation": record.counts(val_examples, val) if val else None,
         **(facts or {}),
     }
-    with record.locked(run_dir), contextlib.ExitStack() as stack:
-        found = record.start(run_dir, settings, resume, overwrite)
-        seed_everything(settings.run.seed)
-        loop = Loop(host, name, train, val, settings, pad)
-        data = about["train"]["sha256_of_tokens"]
+    data = about["train"]["sha256_of_tokens"]
+    with joined() as team, contextlib.ExitStack() as stack:
+        team.from_first(lambda: stack.enter_context(record.locked(run_dir)))
+        found = team.from_first(lambda: record.start(run_dir, settings, resume, overwrite))
+        team.same((data, settings.optim, settings.run, about["validation"]), "the data or the settings")
+        seed_everything(settings.run.seed, team.rank)
+        loop = Loop(host, name, train, val, settings, pad, team)
         if found is not None:
             loop.restore(found, data)
-        record.write_json(run_dir / "data.json", about)
-        journal = Journal(run_dir, loop.step)
+        if team.first:
+            record.write_json(run_dir / "data.json", about)
+        journal = Journal(run_dir, loop.step) if team.first else Mute()
         stack.callback(journal.close)
-        _announce(loop, journal, run_dir, found)
+        if team.first:
+            _announce(loop, journal, run_dir, found)
         if (where := settings.run.cache_activations) != "off":
             journal.say(loop.way.remember(name, train, "ram" if where == "ram" else run_dir))
         with training(host, name, settings.run.gradient_checkpointing), loop.way.active():
@@ -111,7 +116,7 @@ def _check(host: Host, name: str, settings: TrainSettings) -> None:
 
 
 def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Checkpoint | None) -> None:
-    changed = record.write_environment(run_dir, loop.host.device, loop.step)
+    changed = record.write_environment(run_dir, loop.host.device, loop.step, loop.team.size)
     if found is None:
         journal.say(
             f"begin: {loop.host.count(loop.name):,} trained numbers, {loop.total} steps, {loop.feed.per_epoch} an epoch"
@@ -133,10 +138,11 @@ def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Che
 
 def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextlib.ExitStack) -> None:
     run = loop.settings.run
-    outlets = trackers(run_dir, loop.settings, loop.step)
+    first_rank = loop.team.first
+    outlets = trackers(run_dir, loop.settings, loop.step) if first_rank else []
     for outlet in outlets:
         stack.callback(outlet.close)
-    bar = stack.enter_context(Bar(loop.total, loop.step, run.progress))
+    bar = stack.enter_context(Bar(loop.total, loop.step, run.progress and first_rank))
     try:
         while loop.step < loop.total:
             first = loop.unreached is None
@@ -158,8 +164,11 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
             bar.update(metrics)
             if last or better and run.final == "best" or (run.save_every and loop.step % run.save_every == 0):
                 loop.save(run_dir, data)
+        loop.team.ready()
     except BaseException as e:
         loop.optimizer.zero_grad(set_to_none=True)
+        if isinstance(e, Exception) and not loop.sharded:
+            loop.team.fail()
         with contextlib.suppress(OSError):  # the disk may be why it stopped
             journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
         if isinstance(e, OSError):
@@ -177,23 +186,28 @@ def _finish(loop: Loop, run_dir: Path, journal: Journal, facts: Mapping[str, Any
     from inlay.api import save
 
     final = "best" if loop.best is not None and loop.settings.run.final == "best" else "last"
-    if final == "best" and loop.best[1] != loop.step:  # type: ignore[index]
-        loop.host.fill(loop.name, checkpoint.read(run_dir / f"checkpoint-{loop.best[1]}").adapter)  # type: ignore[index]
     val_loss, best_step = loop.best or (None, None)
+    if final == "best" and best_step != loop.step:
+        loop.fill(loop.team.from_first(lambda: checkpoint.read(run_dir / f"checkpoint-{best_step}").adapter))
     told = {"steps": loop.step, "weights": final, "val_loss": val_loss, "best_step": best_step, "tokens": loop.tokens}
+    tensors = loop.tensors()
     try:
-        adapter = save(
-            loop.host,
-            loop.name,
-            run_dir / "adapter",
-            about={"training": {**told, **identity(loop.settings)}, "data": facts},
+        adapter = loop.team.from_first(
+            lambda: save(
+                loop.host,
+                loop.name,
+                run_dir / "adapter",
+                about={"training": {**told, **identity(loop.settings)}, "data": facts},
+                tensors=tensors,
+                base=loop.base,
+            )
         )
     except OSError as e:
         raise InlayError(
             f"cannot write {run_dir / 'adapter'}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume."
         ) from e
     journal.say(f"done: {adapter} holds the {final} weights{f' (step {best_step})' if final == 'best' else ''}")
-    loss = _last_loss(run_dir)
+    loss = loop.team.from_first(lambda: _last_loss(run_dir))
     return RunResult(
         run_dir=run_dir,
         adapter=adapter,

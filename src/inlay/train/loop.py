@@ -7,22 +7,28 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from inlay.core.errors import InlayError
+from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
 from inlay.core.store import describe
 from inlay.engine.example import Example, learned
 from inlay.train import checkpoint
 from inlay.train.batches import Feed
+from inlay.train.ranks import ALONE, Shared, Team, place
 from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
-from inlay.train.ways import choose
+from inlay.train.shards import Sharded, parted, shard, whole
+from inlay.train.ways import Way, choose
+
+T = TypeVar("T")
 
 
 class Diverged(InlayError):
@@ -35,8 +41,9 @@ def _finite(when: str, **values: float) -> None:
             raise Diverged(f"{what} is {value} {when}")
 
 
-def seed_everything(seed: int) -> None:
-    """Python, NumPy and PyTorch (all devices)."""
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Python, NumPy and PyTorch (all devices); other ranks drop out other numbers."""
+    seed += 1_000_003 * rank
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -80,12 +87,27 @@ def schedule(optimizer: torch.optim.Optimizer, settings: OptimSettings, total: i
     return get_scheduler(kind, optimizer, num_warmup_steps=warm, num_training_steps=total)
 
 
+def _plainly(work: Callable[[], T]) -> T:
+    return work()
+
+
 class Loop:
     """The state of a run between two steps."""
 
     def __init__(
-        self, host: Host, name: str, train: list[Example], val: list[Example], settings: TrainSettings, pad: int
+        self,
+        host: Host,
+        name: str,
+        train: list[Example],
+        val: list[Example],
+        settings: TrainSettings,
+        pad: int,
+        team: Team = ALONE,
     ):
+        self.team, self.base = team, fingerprint(host)
+        team.align(host.tensors(name))
+        self.sharded = settings.run.parallel == "fsdp" and team.size > 1
+        root = shard(host, name, team, place(settings.run.device)) if self.sharded else None
         self.host, self.name, self.settings = host, name, settings
         self.edit, self.val = host.edits[name], val
         o = settings.optim
@@ -100,8 +122,15 @@ class Loop:
         if half and host.device.type != "cuda":
             raise InlayError("fp16 trains on a GPU only (its gradients need scaling); use dtype fp32 or bf16 here")
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=half)
-        self.way, self.notice = choose(host, name, settings, pad, train)
-        """How batches are computed, and what is to be said of it."""
+        way: Way
+        self.notice: str
+        way, self.notice = (root or _plainly)(lambda: choose(host, name, settings, pad, train))
+        """What is to be said of how batches are computed."""
+        self.way: Way = way
+        if root is not None:
+            self.way = Sharded(way, root, team, min(train, key=lambda e: len(e.input_ids)))
+        elif team.size > 1:
+            self.way = Shared(way, team)
         self.method_state: dict[str, Tensor] = {}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best: tuple[float, int] | None = None
@@ -114,14 +143,22 @@ class Loop:
         began, number, lr = time.perf_counter(), self.step + 1, self.schedule.get_last_lr()[0]
         examples = self.feed.step(self.step)
         count = sum(map(learned, examples))
-        loss = 0.0
-        for rows in self.way.split(examples):
-            part = self.way.loss(rows) / count
-            self.scaler.scale(part).backward()
-            loss += float(part.detach())
         penalty = self.edit.penalty(self.host.by_place(self.name))
-        if penalty is not None:
-            self.scaler.scale(penalty).backward()
+
+        def backward() -> float:
+            loss = 0.0
+            for rows in self.way.split(examples):
+                part = self.way.loss(rows) / count
+                self.scaler.scale(part).backward()
+                loss += float(part.detach())
+            if penalty is not None:  # every rank has all of it
+                self.scaler.scale(penalty / self.team.size).backward()
+            return loss
+
+        loss = self._each(backward)
+        loss, *ranks = self.team.sums([loss, *(p.grad is not None for p in self.trained.values())])
+        if not self.sharded:
+            self.team.add_gradients(self.trained, [n > 0 for n in ranks])
         metrics = {"loss": loss} | ({} if penalty is None else {"penalty": float(penalty.detach())})
         _finite(f"at step {number}, which was not taken", **metrics)
         updated = self._update(number)
@@ -139,12 +176,17 @@ class Loop:
             "seconds": self.seconds,
         }
 
+    def _each(self, compute: Callable[[], float]) -> float:
+        """This rank's part of a sum. Ranks that hold parts of one base meet within, where no error can be told."""
+        self.team.ready()
+        return compute() if self.sharded else self.team.together(compute)
+
     def _update(self, number: int) -> dict[str, float]:
         """Clip, step, tell the method; returns the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         if self.unreached is None:
             self._reached()
-        norm = float(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.optim.clip or math.inf))
+        norm = float(whole(nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.optim.clip or math.inf)))
         # In fp16 an overflow is how the scale is found: the step is left out and the scale halved.
         overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
         if not overflow:
@@ -160,7 +202,7 @@ class Loop:
     def _reached(self) -> None:
         """An adapter that the loss does not depend on would train without a sound."""
         self.unreached = [k for k, p in self.trained.items() if p.grad is None]
-        if not any(p.grad is not None and bool(p.grad.any()) for p in self.trained.values()):
+        if not any(p.grad is not None and bool(whole(p.grad).any()) for p in self.trained.values()):
             places = ", ".join(list(self.host.by_place(self.name))[:4])
             raise InlayError(
                 f"no gradient reached {self.name!r} in its first step, so it would not learn: the loss does not depend "
@@ -172,25 +214,36 @@ class Loop:
         """Validation loss per learned token; draws no random numbers."""
         model = self.host.model
         model.eval()
-        total = math.fsum(float(self.way.loss(rows)) for rows in self.way.split(self.val))
+        own = self._each(lambda: math.fsum(float(self.way.loss(rows)) for rows in self.way.split(self.val)))
+        (total,) = self.team.sums([own])
         model.train()
         loss = total / sum(map(learned, self.val))
         _finite(f"after step {self.step}", val_loss=loss)
         return loss
 
     # ---- to disk and back --------------------------------------------------------------------------------------------
-    def save(self, run_dir: Path, data: str) -> Path:
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors, whole, on the CPU. All ranks ask at once."""
+        return {k: whole(v) for k, v in sorted(self.host.tensors(self.name).items())}
+
+    def save(self, run_dir: Path, data: str) -> None:
         """Write a checkpoint and delete those that are no longer wanted."""
-        if not all(bool(p.isfinite().all()) for p in self.trained.values()):
+        self.team.ready()
+        tensors = self.tensors()
+        finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+        if any(self.team.sums([not finite])):
             raise Diverged(f"the adapter is no longer finite after step {self.step}; no checkpoint of it was written")
         state = {
             "names": list(self.trained),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": checkpoint.random_states(),
-            "method": {k: v.detach().cpu() for k, v in self.method_state.items()},
+            "method": self.method_state,
         }
+        state = tree_map_only(Tensor, whole, state)
+        state["random"], *others = self.team.gathered(checkpoint.random_states())
+        if others:
+            state["random_of_other_ranks"] = others
         epoch, at = divmod(self.step, self.feed.per_epoch)
         about = {
             "step": self.step,
@@ -204,9 +257,9 @@ class Loop:
             "settings": identity(self.settings),
             "adapter": self.adapter(),
         }
-        path = checkpoint.write(run_dir, self.step, self.host.tensors(self.name), state, about)
-        checkpoint.prune(run_dir, self.settings.run.keep_last, self.best[1] if self.best else None)
-        return path
+        if self.team.first:
+            checkpoint.write(run_dir, self.step, tensors, state, about)
+            checkpoint.prune(run_dir, self.settings.run.keep_last, self.best[1] if self.best else None)
 
     def adapter(self) -> dict[str, Any]:
         """What hangs where, as JSON has it."""
@@ -221,12 +274,27 @@ class Loop:
             raise InlayError(f"{found.path} is of another adapter: {'; '.join(changed)}")
         if found.state["names"] != list(self.trained):
             raise InlayError(f"{found.path} holds the optimizer of an adapter with other tensors")
-        self.host.fill(self.name, found.adapter)
+        self.fill(found.adapter)
         self.optimizer.load_state_dict(found.state["optimizer"])
+        for p, kept in self.optimizer.state.items():
+            kept |= {k: parted(v, p) for k, v in kept.items() if v.shape == p.shape}
         self.schedule.load_state_dict(found.state["schedule"])
         self.scaler.load_state_dict(found.state["scaler"])
         self.method_state = {k: v.to(self.host.device) for k, v in found.state["method"].items()}
         about = found.about
         self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
         self.best = tuple(about["best"]) if about["best"] else None
-        checkpoint.set_random_states(found.state["random"])
+        self._random(found.state)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the adapter's tensors, given whole."""
+        mine = self.host.tensors(self.name)
+        self.host.fill(self.name, {k: parted(v, mine[k]) if k in mine else v for k, v in tensors.items()})
+
+    def _random(self, state: Mapping[str, Any]) -> None:
+        """Each rank's generators; a rank that the saved run did not have begins its own."""
+        states = [state["random"], *state.get("random_of_other_ranks", [])]
+        if self.team.rank < len(states):
+            checkpoint.set_random_states(states[self.team.rank])
+        else:
+            seed_everything(self.settings.run.seed + self.step, self.team.rank)

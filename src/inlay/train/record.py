@@ -135,12 +135,12 @@ def _commit() -> str | None:
     return None
 
 
-def write_environment(run_dir: Path, device: torch.device, step: int) -> list[str]:
+def write_environment(run_dir: Path, device: torch.device, step: int, ranks: int = 1) -> list[str]:
     """Add this session to `environment.json`; returns in what it differs from the one before."""
     path = run_dir / "environment.json"
     sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-    now = environment(device)
-    changed = differences({k: sessions[-1][k] for k in now}, now) if sessions else []
+    now = {**environment(device), "ranks": ranks}
+    changed = differences({k: sessions[-1].get(k, now[k]) for k in now}, now) if sessions else []
     about = {
         "from_step": step,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -12,6 +12,7 @@ from inlay.core.errors import InlayError
 from inlay.core.files import sha256
 from inlay.train.fitting import RunResult, fit
 from inlay.train.loop import seed_everything
+from inlay.train.ranks import Team, joined, place
 from inlay.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwri
     Raises:
         InlayError: as `fit`, and for an unknown base, method, setting, place, task or file.
     """
+    with joined() as team:
+        return _train(settings, resume, overwrite, team)
+
+
+def _train(settings: TrainSettings, resume: bool | str | Path, overwrite: bool, team: Team) -> RunResult:
     from inlay.api import attach
     from inlay.methods import method
     from inlay.models.base import load_base
@@ -39,7 +45,9 @@ def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwri
     edit = row.make(**settings.settings)
     protocol = protocols.get(settings.data.protocol)
     records, val_records = read(settings.data, settings.run.seed)
-    model, tokenizer = load_base(settings.model, settings.run.dtype, settings.run.device)
+    # A base to be sharded is taken to the devices block by block.
+    device = "cpu" if settings.run.parallel == "fsdp" and team.size > 1 else str(place(settings.run.device))
+    model, tokenizer = load_base(settings.model, settings.run.dtype, device)
     seed_everything(settings.run.seed)
     host = attach(model)
     host.add(
@@ -48,7 +56,7 @@ def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwri
         at=settings.at if settings.at is not None else row.places,
         seed=settings.run.seed,
     )
-    cutoff, show = settings.data.cutoff, settings.run.progress
+    cutoff, show = settings.data.cutoff, settings.run.progress and team.first
     examples, _ = encode_all(records, tokenizer, protocol, cutoff, progress=show)
     val_examples, _ = encode_all(val_records, tokenizer, protocol, cutoff) if val_records else ([], 0)
     facts = provenance(settings.data, protocol)

@@ -104,6 +104,8 @@ class RunSettings:
     """Type of the frozen base (as stored if not given); the adapter is trained in fp32. fp16 needs a GPU."""
     device: str | None = None
     """Where to run, e.g. `cuda:0`; the GPU if there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under a launcher that starts several processes: each holds the whole base, or all of them one (FSDP2)."""
     engine: Literal["packed", "plain"] = "packed"
     """Sequences packed side by side and logits only where tokens are learned, or padded rows through the whole model:
     the same losses to rounding. Where packing cannot serve a model, the run says so and is plain."""
@@ -171,7 +173,7 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is learned: a run continues only under the same ones."""
     plain = to_plain(settings)
     plain.pop("out")
-    for name in ("loggers", "project", "progress", "save_every", "keep_last", "device"):
+    for name in ("loggers", "project", "progress", "save_every", "keep_last", "device", "parallel"):
         plain["run"].pop(name)
     return plain
 

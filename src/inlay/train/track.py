@@ -136,6 +136,22 @@ class Journal:
                 file.close()
 
 
+class Mute(Journal):
+    """The journal of a process that is not the first: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]

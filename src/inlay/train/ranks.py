@@ -1,0 +1,219 @@
+"""Several processes train one adapter: who computes what, and what they tell each other.
+
+A launcher (`torchrun`, `accelerate launch`) starts the processes, one a device, and numbers them. Each computes its
+share of every optimizer step's batch; gradients are added up once a step. Which examples a step has, and by how many
+tokens the loss is divided, follows from the data alone, so nothing has to be agreed on before a forward.
+
+What is small and decides how the run goes on (losses, whether everybody is well) travels between CPUs, in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from inlay.core.errors import InlayError
+from inlay.engine.example import Example
+from inlay.train.ways import Way
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for the others before it gives up."""
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What every launcher sets."""
+ASTRAY = "another process of this run has failed; its own message says why"
+
+
+def rank() -> int:
+    """This process's number, 0 if it is the only one; no process group is needed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Team]:
+    """The processes of this run. A process group that is already there is used, one that is missing is made."""
+    if dist.is_available() and dist.is_initialized():
+        yield Team(dist.get_rank(), dist.get_world_size())
+        return
+    size = int(os.environ.get("WORLD_SIZE", 1)) if all(os.environ.get(n) for n in LAUNCHED) else 1
+    if size == 1:
+        yield Team()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def place(wanted: str | None) -> torch.device:
+    """Where this process computes: its own GPU if there are any. Raises InlayError if all would share one."""
+    if wanted is None:
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if torch.device(wanted).index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InlayError(f"device {wanted!r} would be every process's; leave device out: each takes one of its own")
+    return torch.device(wanted)
+
+
+def shares(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Examples for each of `size` ranks, the longest first to whoever has least; some may be empty."""
+    parts: list[list[Example]] = [[] for _ in range(size)]
+    tokens = [0] * size
+    for i in sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i)):
+        least = tokens.index(min(tokens))
+        parts[least].append(examples[i])
+        tokens[least] += len(examples[i].input_ids)
+    return parts
+
+
+class Team:
+    """The processes that train together, seen from one of them; alone, everything here is the identity.
+
+    Every method but `fail` is called by all ranks in the same order. An error in one rank reaches the others where they
+    next meet, in `ready` or in a method that begins with it.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def ready(self, well: bool = True) -> None:
+        """Meet the others; raises InlayError if one of them, this one excepted, is not well."""
+        if self.size == 1:
+            return
+        ill = torch.tensor([0.0 if well else 1.0], dtype=torch.float64)
+        dist.all_reduce(ill)
+        if well and ill.item():
+            raise InlayError(ASTRAY)
+
+    def fail(self) -> None:
+        """Tell the others, who meet this rank in `ready`, that it stops. Never raises."""
+        with contextlib.suppress(RuntimeError):  # they may be gone already
+            self.ready(False)
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """Each rank's own result; if one fails, it raises its own error and all others an InlayError."""
+        if self.size == 1:
+            return compute()
+        try:
+            made = compute()
+        except Exception:
+            self.fail()
+            raise
+        self.ready()
+        return made
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, the same to the last bit on each."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes. An InlayError of its is raised on all ranks."""
+        if self.size == 1:
+            return make()
+        told: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                told[0] = make()
+            except Exception as e:
+                error, told[1] = e, str(e)
+        dist.broadcast_object_list(told, src=0)
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise InlayError(told[1])
+        return told[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, on rank 0; elsewhere this rank's own."""
+        if self.size == 1 or not self.first:
+            if self.size > 1:
+                dist.gather_object(value, None, dst=0)
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.gather_object(value, found, dst=0)
+        return found
+
+    def same(self, value: Any, what: str) -> None:
+        """Raises InlayError on every rank if one of them has another value than rank 0."""
+        mine = self.from_first(lambda: value)
+        (others,) = self.sums([float(mine != value)])
+        if others:
+            raise InlayError(f"{what} is not the same in all processes of this run; start them with the same inputs")
+
+    @torch.no_grad()
+    def align(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give all ranks the values of rank 0, in place."""
+        for name in sorted(tensors) if self.size > 1 else ():
+            dist.broadcast(tensors[name].detach(), src=0)
+
+    @torch.no_grad()
+    def add_gradients(self, trained: Mapping[str, nn.Parameter], reached: Sequence[bool]) -> None:
+        """Replace gradients by their sums over the ranks.
+
+        One bucket in the order of names: an order that all ranks share, whatever their part of the batch met. A rank
+        that gave a tensor no gradient contributes zeros; a tensor that no rank reached keeps none.
+        """
+        if self.size == 1:
+            return
+        own = [trained[n] for n, there in zip(sorted(trained), reached, strict=True) if there]
+        if not own:
+            return
+        bucket = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten().float() for p in own])
+        dist.all_reduce(bucket)
+        for p, total in zip(own, bucket.split([p.numel() for p in own]), strict=True):
+            p.grad = total.view_as(p).to(p.dtype)
+
+
+ALONE = Team()
+
+
+class Shared:
+    """A way of which each rank goes its part."""
+
+    def __init__(self, way: Way, team: Team):
+        self.way, self.team = way, team
+
+    def split(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """This rank's groups; none if there are fewer examples than ranks."""
+        return self.way.split(shares(examples, self.team.size)[self.team.rank])
+
+    def loss(self, rows: Sequence[Example]) -> Tensor:
+        """As the way's own."""
+        return self.way.loss(rows)
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """As the way's own."""
+        return self.way.active()
+
+    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+        """In this process's memory: ranks of several machines would not see each other's writes to a file."""
+        if where != "ram":
+            raise InlayError("several processes cannot share cached activations on disk; set cache_activations: ram")
+        return self.way.remember(name, examples, where)

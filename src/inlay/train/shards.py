@@ -1,0 +1,106 @@
+"""A base that is larger than one device: every block's tensors, frozen and trained, are spread over the ranks (FSDP2).
+
+Adapters are children of the layers they edit, so they are sharded with them and nothing is told which tensors are
+whose. Around the model stands a root of our own. A forward is whatever happens inside a call of that root: the packed
+engine calls the decoder and the head apart, and both find their tensors gathered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.edit import Edit
+from inlay.core.errors import InlayError
+from inlay.core.host import Host
+from inlay.engine.example import Example
+from inlay.train.ranks import Team, shares
+from inlay.train.ways import Way
+
+
+class Root(nn.Module):
+    """Calls what it is given, with the model's tensors gathered."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        """`work()`."""
+        return work()
+
+
+def shard(host: Host, name: str, team: Team, device: torch.device) -> Root:
+    """Spread a host's model over the ranks; it is computed with through the root from then on, and only so.
+
+    Raises InlayError for what needs whole tensors between two steps.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    edit = type(host.edits[name])
+    if edit.penalty is not Edit.penalty or edit.after_step is not Edit.after_step:
+        raise InlayError(f"{edit.kind} looks at whole tensors between two steps; train it with parallel: ddp")
+    if host.dtype == torch.float16:
+        raise InlayError("fp16 scales its loss by what each rank sees; use dtype bf16 or fp32 with parallel: fsdp")
+    mesh = init_device_mesh(device.type, (team.size,))
+    blocks = {s.layer: s.path for s in host.anatomy.spots if s.role == "block"}
+    for layer in sorted(k for k in blocks if k is not None):
+        fully_shard(host.model.get_submodule(blocks[layer]), mesh=mesh)
+    root = Root(host.model)
+    fully_shard(root, mesh=mesh)
+    return root
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with all its parts, on the CPU and nobody else's. For a sharded one, all ranks must ask at once."""
+    from torch.distributed.tensor import DTensor
+
+    value = value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
+
+
+def parted(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, as `like` is spread; the same tensor where it is not."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return value
+    device = like.device_mesh.device_type
+    return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+class Sharded:
+    """A way whose forwards go through the root; every rank makes as many as the one with most to do."""
+
+    def __init__(self, way: Way, root: Any, team: Team, filler: Example):
+        self.way, self.root, self.team, self.filler = way, root, team, filler
+        root.reshard()  # the trial that chose the way left it gathered
+
+    def split(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """This rank's groups; an empty one stands for a forward that others need to gather their tensors."""
+        groups = [self.way.split(part) for part in shares(examples, self.team.size)]
+        mine = groups[self.team.rank]
+        return mine + [[]] * (max(map(len, groups)) - len(mine))
+
+    def loss(self, rows: Sequence[Example]) -> Tensor:
+        """As the way's own; gradients are averaged over the ranks by FSDP, and therefore multiplied here."""
+        loss = self.root(lambda: self.way.loss(rows or [self.filler]) * (1.0 if rows else 0.0))
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: grad * self.team.size)
+        else:
+            self.root.reshard()  # a backward would have done it
+        return loss
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """As the way's own."""
+        return self.way.active()
+
+    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+        """Nothing: blocks that are passed over would still be gathered."""
+        raise InlayError("activations are not cached under parallel: fsdp; set cache_activations: off")

@@ -1,0 +1,144 @@
+"""Runs on several gloo ranks of this machine, started as a launcher starts them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "tests.train.ranked"]
+
+
+def launch(size: int, work: Callable[..., Any], *args: Any, patience: float = 60) -> list[Any]:
+    """What `work(*args)` returns on every rank; an exception comes back as its text, a rank that hangs is an error."""
+    context = multiprocessing.get_context("forkserver")  # imports once, and has run no backward before it forks
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(size):
+        here, there = context.Pipe(duplex=False)
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+        process = context.Process(target=_rank, args=({**environment, "MASTER_PORT": port}, there, work, args))
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    try:
+        answers = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(patience), f"rank {rank} hangs"
+            answers.append(pipe.recv())
+        return answers
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _rank(environment: dict[str, Any], pipe: Any, work: Callable[..., Any], args: tuple) -> None:
+    os.environ.update({k: str(v) for k, v in environment.items()}, OMP_NUM_THREADS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send(work(*args))
+    except Exception as e:
+        traceback.print_exc()
+        pipe.send(f"{type(e).__name__}: {e}")
+
+
+def train(
+    run: Path,
+    method: str,
+    own: dict[str, Any],
+    changes: dict[str, Any],
+    n: int = 11,
+    resume: bool = False,
+    rig: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """One run on the ranks that are there: what all of them must agree on, and `kept`, the base's numbers held here."""
+    from inlay.train import fit
+    from tests.train.tiny import rows, settings, wearing
+
+    host = wearing(method, **own)
+    if rig is not None:
+        rig(host)
+    s = settings(run, **{"steps": 5, "eval_every": 2, "save_every": 2, "keep_last": 9, **changes})
+    r = fit(host, "a", rows(n, prompt=True), rows(5, 9, prompt=True), s, run, None, resume=resume)
+    kept = sum(getattr(p, "_local_tensor", p).numel() for n, p in host.model.named_parameters() if "inlay" not in n)
+    return {
+        "kept": kept,
+        "loss": r.loss,
+        "val_loss": r.val_loss,
+        "best_step": r.best_step,
+        "steps": r.steps,
+        "tokens": r.tokens,
+    }
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """`metrics.jsonl` of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def breaks(at: int, on: int, how: str) -> Callable[[Any], None]:
+    """A rig under which one rank comes to grief in its step `at`."""
+    return functools.partial(_break, at, on, how)
+
+
+def _break(at: int, on: int, how: str, host: Any) -> None:
+    from inlay.methods.lora import LoRA
+    from inlay.train import checkpoint
+
+    if int(os.environ["RANK"]) != on:
+        return
+    calls = 0
+
+    def grief(self: Any, adapter: Any, *more: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < at:
+            return
+        if how == "compute":
+            host.model.lm_head.register_forward_pre_hook(functools.partial(_raise, ValueError("out of luck")))
+        elif how == "diverge":
+            next(iter(adapter.values()))["A"].data.fill_(float("nan"))
+        else:
+            checkpoint.save_file = functools.partial(_raise, OSError("no space left"))
+
+    LoRA.after_step = grief
+
+
+def _raise(error: Exception, *args: Any, **more: Any) -> None:
+    raise error
+
+
+def stops_after(step: int) -> Callable[[Any], None]:
+    """A rig under which all ranks stop once the checkpoint of that step is there."""
+    return functools.partial(_stop, step)
+
+
+def _stop(step: int, host: Any) -> None:
+    from inlay.train.loop import Loop
+
+    save = Loop.save
+
+    def last(self: Any, *args: Any) -> None:
+        save(self, *args)
+        if self.step == step:
+            raise RuntimeError("stopped on purpose")
+
+    Loop.save = last
+
+
+def train_differently(run: Path) -> dict[str, Any]:
+    """Ranks that were given other data."""
+    return train(run, "lora", {}, {}, n=9 + int(os.environ["RANK"]))

@@ -1,0 +1,122 @@
+"""Several processes train what one trains: the same losses, gradients and adapter, whatever each of them computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+from inlay.train import checkpoint
+from inlay.train.ranks import ALONE, shares
+from tests.train.ranked import breaks, launch, metrics, stops_after, train, train_differently
+from tests.train.tiny import base, copy, rows, same
+
+NEAR = {"rel": 1e-5}
+
+
+def alike(one, other, rel=1e-5):
+    """The same metrics, step by step."""
+    one, other = metrics(one), metrics(other)
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for k in a.keys() - {"seconds"}:
+            assert b[k] == pytest.approx(a[k], rel=rel), (k, a["step"])
+
+
+def adapters_alike(one, other, atol=2e-5):
+    a, b = inlay.attach(base()), inlay.attach(base())
+    inlay.load(a, one / "adapter"), inlay.load(b, other / "adapter")
+    for k, v in copy(a).items():
+        torch.testing.assert_close(copy(b)[k], v, rtol=1e-3, atol=atol)
+
+
+def test_shares_are_even_and_whole():
+    data = rows(13)
+    for size in (1, 2, 3, 5, 20):
+        parts = shares(data, size)
+        assert len(parts) == size
+        assert sorted(map(id, sum(parts, []))) == sorted(map(id, data))
+        tokens = [sum(len(e.input_ids) for e in p) for p in parts]
+        assert max(tokens) - min(tokens) <= max(len(e.input_ids) for e in data)
+    assert shares([], 2) == [[], []]
+    assert ALONE.sums([1.5]) == [1.5] and ALONE.from_first(lambda: 3) == 3 and ALONE.gathered("x") == ["x"]
+
+
+# 11 examples in batches of 4: the last step of an epoch has 3, and with batches of 5 it has 1, so one rank is idle.
+@pytest.mark.parametrize(
+    ("parallel", "method", "own", "changes"),
+    [
+        ("ddp", "lora", {}, {}),
+        ("ddp", "adalora", {"rank": 6, "target": 2, "interval": 2}, {"batch_size": 5, "gradient_checkpointing": True}),
+        ("ddp", "prefix", {}, {"batch_size": 5, "engine": "plain"}),
+        ("fsdp", "lora", {}, {"batch_size": 5, "pack_tokens": 16}),
+        ("fsdp", "lora", {"at": "q,up,head,embed"}, {"gradient_checkpointing": True}),
+        ("fsdp", "vera", {}, {"engine": "plain"}),
+        ("fsdp", "prefix", {}, {}),
+    ],
+)
+def test_two_ranks_compute_what_one_computes(tmp_path, parallel, method, own, changes):
+    changes = {**changes, "parallel": parallel}
+    want = train(tmp_path / "one", method, own, changes)
+    all_of_it = want.pop("kept")
+    for got in launch(2, train, tmp_path / "two", method, own, changes):
+        assert got.pop("kept") == (pytest.approx(all_of_it / 2, rel=0.1) if parallel == "fsdp" else all_of_it)
+        assert got == pytest.approx(want, **NEAR)
+    alike(tmp_path / "one", tmp_path / "two")
+    adapters_alike(tmp_path / "one", tmp_path / "two")
+    assert "padded" not in (tmp_path / "two" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, parallel, before, after):
+    changes = {"steps": 6, "parallel": parallel, "save_every": 3, "eval_every": 4}
+    train(tmp_path / "whole", "lora", {}, changes)
+    run = tmp_path / "run"
+    first = launch(before, train, run, "lora", {}, changes, 11, False, stops_after(3))
+    assert all("stopped on purpose" in answer for answer in first), first
+    assert checkpoint.steps(run) == [3]
+    for answer in launch(after, train, run, "lora", {}, changes, 11, True):
+        assert answer["steps"] == 6
+    assert "go on from" in (run / "log.txt").read_text()
+    alike(tmp_path / "whole", run)
+    adapters_alike(tmp_path / "whole", run)
+    if before < after:
+        assert "ranks: 1 before, 2 now" in (run / "log.txt").read_text()
+
+
+def test_two_ranks_resume_to_the_last_bit(tmp_path):
+    """With dropout, which every rank draws for itself."""
+    own, changes = {"dropout": 0.3}, {"steps": 6, "save_every": 3, "eval_every": 4}
+    launch(2, train, tmp_path / "whole", "lora", own, changes)
+    launch(2, train, tmp_path / "run", "lora", own, changes, 11, False, stops_after(3))
+    launch(2, train, tmp_path / "run", "lora", own, changes, 11, True)
+    a, b = (checkpoint.read(tmp_path / r / "checkpoint-6") for r in ("whole", "run"))
+    assert same(a.adapter, b.adapter)
+    drawn = [s["torch"] for s in (a.state["random"], *a.state["random_of_other_ranks"])]
+    assert not torch.equal(*drawn) and torch.equal(drawn[1], b.state["random_of_other_ranks"][0]["torch"])
+
+
+@pytest.mark.parametrize(
+    ("how", "on", "here", "there"),
+    [
+        ("compute", 1, "ValueError: out of luck", "InlayError: another process of this run has failed"),
+        ("write", 0, "InlayError: cannot write", "InlayError: another process of this run has failed"),
+        ("diverge", 1, "Diverged: ", "Diverged: "),
+    ],
+)
+def test_an_error_of_one_rank_stops_all(tmp_path, how, on, here, there):
+    said = launch(2, train, tmp_path, "lora", {}, {"steps": 8}, 11, False, breaks(2, on, how))
+    assert here in said[on] and there in said[1 - on], said
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_ranks_with_other_data_are_refused(tmp_path):
+    said = launch(2, train_differently, tmp_path)
+    assert all("not the same in all processes" in text for text in said), said
+
+
+def test_what_cannot_be_sharded_says_so(tmp_path):
+    for text in launch(2, train, tmp_path, "adalora", {}, {"parallel": "fsdp"}):
+        assert "parallel: ddp" in text
