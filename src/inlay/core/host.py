@@ -59,6 +59,7 @@ class Host:
         self._depth = 0
         self._wide = 0
         self._layout: Layout | None = None
+        self._decoder_only = False
         self._ready: tuple[Route, room.Room | None] | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
@@ -237,6 +238,16 @@ class Host:
         finally:
             self._layout = None
 
+    @contextlib.contextmanager
+    def decoder_only(self) -> Iterator[Host]:
+        """In this block a forward begins where the model calls its decoder (`base_model`), not at the model's own top:
+        whatever stands there may first take the batch apart."""
+        self._decoder_only = True
+        try:
+            yield self
+        finally:
+            self._decoder_only = False
+
     def lay_out(
         self, lengths: Sequence[int], parents: Sequence[int | None] | None = None, width: int | None = None
     ) -> Layout:
@@ -305,6 +316,8 @@ class Host:
         return y.dtype if coarse or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict):
+        if self._decoder_only and model is self.model:
+            return None
         self._depth += 1
         if self._depth > 1:
             return None
@@ -361,6 +374,8 @@ class Host:
             return made, room.plan_room(spread(self.plan, batch), self.edits, self.device)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, out):
+        if self._decoder_only and model is self.model:
+            return None
         self._depth -= 1
         if self._depth or not self._wide or out is None:
             return None

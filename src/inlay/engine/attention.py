@@ -68,16 +68,16 @@ def attending(host: Host, name: str, attend: Callable[..., Any], mask: Callable[
     before = config._attn_implementation
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
-    _name(config, name)
+    set_attention(config, name)
     try:
         yield
     finally:
-        _name(config, before)
+        set_attention(config, before)
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _name(config: Any, name: str | None) -> None:
+def set_attention(config: Any, name: str | None) -> None:
     """Set the implementation of a config and its parts, past the checks that ask for built-in names."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part._attn_implementation_internal = name

@@ -72,7 +72,8 @@ def _slice(head: Any, part: Tensor, target: Tensor) -> Tensor:
 def _frozen(head: Any) -> bool:
     """Whether a head is its weight and nothing else; any hook, an adapter's for one, may change what it says."""
     hooked = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is torch.nn.Linear and readable(head.weight) and not hooked
+    trained = any(p.requires_grad for p in head.parameters())
+    return type(head) is torch.nn.Linear and readable(head.weight) and not hooked and not trained
 
 
 def _step(head: Any) -> int:
