@@ -12,22 +12,24 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import attach, bound, report
+from benchmarks import adapterhub, attach, bound, report
+from benchmarks import gpu as on_gpu
 from benchmarks.bases import llama
 from benchmarks.choice import Choice
 from benchmarks.generate import Generation
-from benchmarks.harness import Result, faster, machine, peak, record, rounds, share
-from benchmarks.lengths import about, rows
-from benchmarks.train import METHODS, Ours, Peer, agree, pair, turn
+from benchmarks.harness import FASTER, SHARE, Result, Watch, compare, faster, machine, peak, record, rounds
+from benchmarks.lengths import Row, about, rows
+from benchmarks.train import METHODS, Ours, Peer, Side, agree, alike, batches, pair, turn
 
 PEFT = "PEFT + Trainer"
+LIMIT = "its matrix products alone, at the rate measured here"
 BATCH = 8
 
 
@@ -47,29 +49,82 @@ class Asked:
 
 
 def train(asked: Asked) -> Iterator[Result]:
-    """Seconds per optimizer step."""
+    """Time of optimizer steps."""
     for dtype in asked.dtypes:
         for method in asked.methods:
             for kind in asked.kinds if method == "lora" else asked.kinds[:1]:
                 examples = rows(kind, BATCH * (asked.steps + 1), llama(asked.size).config.vocab_size)
                 with tempfile.TemporaryDirectory() as folder:
                     ours, peer = pair(asked.size, examples, method, dtype, BATCH, Path(folder) / "a")
-                    told = agree(ours, peer, 2, 1e-4 if dtype == "fp32" else 2e-2)
-                seconds = rounds({"ours": turn(ours, asked.steps), "peer": turn(peer, asked.steps)}, asked.rounds)
-                note = f"{about(examples, BATCH)}; {told}"
-                yield faster(f"train {method} {kind} {asked.size} {dtype}", seconds, PEFT, note)
+                    told = agree(ours, peer, 2, 1e-4 if dtype == "fp32" else 1e-3)
+                yield _steps(f"train {method} {kind} {asked.size} {dtype}", ours, peer, examples, PEFT, told, asked)
+
+
+def series(asked: Asked) -> Iterator[Result]:
+    """The same for the series adapter, which PEFT lacks: AdapterHub in an environment of its own."""
+    if not adapterhub.PYTHON.exists():
+        print("series needs `make bench-peers`: skipped", file=sys.stderr)
+        return
+    for kind in asked.kinds:
+        count, name = BATCH * (asked.steps + 1), f"train series {kind} {asked.size} fp32"
+        with tempfile.TemporaryDirectory() as folder:
+            ours, peer = adapterhub.sides(asked.size, kind, count, Path(folder), asked.threads)
+            try:
+                versions = ", ".join(f"{k} {v}" for k, v in peer.versions.items())
+                told = f"{agree(ours, peer, 2, 1e-4)}; the peer runs on {versions}"
+                result = _steps(name, ours, peer, ours.examples, "AdapterHub + Trainer", told, asked)
+            finally:
+                peer.close()
+        yield result
+
+
+def _steps(name: str, ours: Side, peer: Side, examples: Sequence[Row], peer_is: str, told: str, asked: Asked) -> Result:
+    took = rounds({"ours": turn(ours, asked.steps), "peer": turn(peer, asked.steps)}, asked.rounds)
+    tokens = sum(len(e.input_ids) for e in examples[BATCH:])
+    speed = {k: f"{tokens / statistics.median(t.wall for t in v):.0f}" for k, v in took.items()}
+    note = f"{speed['ours']} against {speed['peer']} real tokens/s; {about(examples[BATCH:], BATCH)}; {told}"
+    return faster(name, took["ours"], took["peer"], peer_is, note)
 
 
 def upper(asked: Asked) -> Iterator[Result]:
     """Adapters in the upper half, activations cached, second epoch on; PEFT adapts every layer."""
-    examples = rows("math", BATCH * (asked.steps + 1), llama(asked.size).config.vocab_size)
-    layers = llama(asked.size).config.num_hidden_layers
-    ours = Ours(llama(asked.size), "lora", examples, BATCH, at=f"linear@last{layers // 2}")
-    ours.loop.way.remember(ours.name, ours.examples, "ram")
+    config = llama(asked.size).config
+    examples, at = rows("math", BATCH * (asked.steps + 1), config.vocab_size), config.num_hidden_layers // 2
+    cached, plain = (
+        Ours(llama(asked.size), "lora", examples, BATCH, at=f"linear@last{at}", engine=engine)
+        for engine in ("packed", "plain")
+    )
+    cached.loop.way.remember(cached.name, cached.examples, "ram")
+    once = len(examples) // BATCH
+    cached.steps(once), plain.steps(once)
+    told = agree(cached, plain, once, 1e-4)
     peer = Peer(llama(asked.size), "lora", examples, BATCH)
-    seconds = rounds({"ours": turn(ours, asked.steps), "peer": turn(peer, asked.steps)}, asked.rounds)
-    note = "ours trains the upper half only, the peer every layer: not the same adapter"
-    yield faster(f"train upper half cached math {asked.size} fp32", seconds, PEFT, note)
+    note = f"the peer adapts every layer, ours the upper half; in the second epoch, {told} with ours uncached"
+    yield _steps(f"train upper half cached math {asked.size} fp32", cached, peer, examples, PEFT, note, asked)
+
+
+def gpu(asked: Asked) -> Iterator[Result]:
+    """Training on a GPU: time, memory, share of the measured rate of matrix products."""
+    if not torch.cuda.is_available():
+        print("gpu needs CUDA: skipped", file=sys.stderr)
+        return
+    config = llama(asked.size, "bf16", "meta").config
+    examples = rows("alpaca", BATCH * (asked.steps + 1), config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = on_gpu.sides(asked.size, examples, BATCH, "cuda", Path(folder) / "a")
+    losses = {name: side.steps(2)[0] for name, side in sides.items()}
+    told = {name: alike(losses["ours"], losses[name], 1e-3) for name in sides if name != "ours"}
+    took = rounds({name: turn(side, asked.steps) for name, side in sides.items()}, asked.rounds)
+    peaks = {name: side.peaks[-asked.rounds :] for name, side in sides.items()}
+    rates = bound.gemm("bf16", config, "cuda")
+    cut = batches(examples[BATCH:], BATCH)
+    least = [bound.work(config, cut) / max(rates.values())] * asked.rounds
+    name = f"gpu train lora alpaca {asked.size} bf16"
+    for peer, note in told.items():
+        yield faster(name, took["ours"], took[peer], peer, f"{about(examples[BATCH:], BATCH)}; {note}")
+        yield compare(f"{name}, memory", SHARE, peaks["ours"], peaks[peer], "MiB", peer)
+    walls = [t.wall for t in took["ours"]]
+    yield compare(f"{name}, cost", SHARE, walls, least, "s", LIMIT, bound.told(rates))
 
 
 def memory(asked: Asked) -> Iterator[Result]:
@@ -79,22 +134,24 @@ def memory(asked: Asked) -> Iterator[Result]:
         found = {side: [peak(side, *common) for _ in range(min(3, asked.rounds))] for side in ("ours", "peer", "empty")}
         idle = statistics.median(found["empty"])
         note = f"of which {idle:.0f} MiB are Python, PyTorch and the weights"
-        yield share(f"memory lora {kind} {asked.size} fp32", found["ours"], found["peer"], "MiB", PEFT, note)
+        yield compare(f"memory lora {kind} {asked.size} fp32", SHARE, found["ours"], found["peer"], "MiB", PEFT, note)
         above = [[x - idle for x in found[side]] for side in ("ours", "peer")]
-        yield share(f"memory above the model, lora {kind} {asked.size} fp32", *above, "MiB", PEFT)
+        yield compare(f"memory above the model, lora {kind} {asked.size} fp32", SHARE, *above, "MiB", PEFT)
 
 
 def cost(asked: Asked) -> Iterator[Result]:
-    """A step over the frozen forward and backward."""
+    """A step over the frozen forward and backward, and over the time of the products that it cannot avoid."""
     for dtype in asked.dtypes:
         steps = bound.Steps(asked.size, dtype, "math")
-        runs = {str(n): partial(steps.run, n) for n in (None, *bound.METHODS)}
-        seconds = rounds(runs, asked.rounds)
-        rate = bound.gemm(dtype, asked.threads)
-        note = f"matrix products run at {rate['ours']} GFLOP/s here ({rate['default']} in PyTorch's default library)"
+        took = rounds({str(n): partial(steps.run, n) for n in (None, *bound.METHODS)}, asked.rounds)
+        walls = {name: [t.wall for t in v] for name, v in took.items()}
+        config = steps.host.model.config
+        rates = bound.gemm(dtype, config)
+        least = [bound.work(config, steps.cut) / max(rates.values())] * asked.rounds
         for name in bound.METHODS:
             over = "frozen forward + backward in the same engine"
-            yield share(f"cost {name} {asked.size} {dtype}", seconds[name], seconds["None"], "s", over, note)
+            yield compare(f"cost {name} {asked.size} {dtype}", SHARE, walls[name], walls["None"], "s", over)
+            yield compare(f"cost {name} {asked.size} {dtype}", SHARE, walls[name], least, "s", LIMIT, bound.told(rates))
 
 
 def choice(asked: Asked) -> Iterator[Result]:
@@ -105,10 +162,9 @@ def choice(asked: Asked) -> Iterator[Result]:
     for name, form in (("ARC-Easy", "adapter"), ("ARC-Easy", "text"), ("openbookqa", "adapter"), ("boolq", "adapter")):
         side = Choice(asked.data, name, form, 4 if asked.quick else 48, "small" if asked.quick else asked.size)
         told = side.agree()
-        seconds = rounds({"ours": side.ours, "harness": side.harness, "alone": side.one_by_one}, asked.rounds)
+        took = rounds({"ours": side.ours, "harness": side.harness, "alone": side.one_by_one}, asked.rounds)
         for peer, peer_is in (("harness", "lm_eval HFLM, batch 16"), ("alone", "one forward per option")):
-            both = {"ours": seconds["ours"], "peer": seconds[peer]}
-            yield faster(f"choice {name} ({form} prompts) {asked.size}", both, peer_is, told)
+            yield faster(f"choice {name} ({form} prompts) {asked.size}", took["ours"], took[peer], peer_is, told)
 
 
 def generate(asked: Asked) -> Iterator[Result]:
@@ -119,31 +175,30 @@ def generate(asked: Asked) -> Iterator[Result]:
     side = Generation(asked.data, 8 if asked.quick else 96)
     told = side.agree()
     runs = {"ours": side.ours, "8": lambda: side.peer(8), "1": lambda: side.peer(1)}
-    seconds = rounds(runs, asked.rounds)
+    took = rounds(runs, asked.rounds)
     for peer, peer_is in (("8", "transformers generate, batch 8"), ("1", "transformers generate, one at a time")):
-        both = {"ours": seconds["ours"], "peer": seconds[peer]}
-        yield faster("generate math prompts tiny-llama", both, peer_is, told)
+        yield faster("generate math prompts tiny-llama", took["ours"], took[peer], peer_is, told)
 
 
 def hang(asked: Asked) -> Iterator[Result]:
     """Attach time, and many adapters."""
-    seconds = rounds({"ours": attach.ours, "peer": attach.peft, "bare": attach.bare}, asked.rounds)
-    yield faster("attach LoRA to 32 layers, 224 places", seconds, "PEFT get_peft_model")
-    bare = {"ours": seconds["ours"], "peer": seconds["bare"]}
-    yield faster("attach LoRA to 32 layers, 224 places", bare, "a bare wrapper module")
+    took = rounds({"ours": attach.ours, "peer": attach.peft, "bare": attach.bare}, asked.rounds)
+    for peer, peer_is in (("peer", "PEFT get_peft_model"), ("bare", "a bare wrapper module")):
+        yield faster("attach LoRA to 32 layers, 224 places", took["ours"], took[peer], peer_is)
     for number in (3,) if asked.quick else (100, 1000):
         found = attach.many(number, with_peft=number <= 100)
         note = "; ".join(f"{k} {v} ms" for k, v in found.items())
         if "PEFT: last load" in found:
             for what in ("last load", "switch", "forward"):
-                both = {"ours": [found[f"ours: {what}"] / 1e3], "peer": [found[f"PEFT: {what}"] / 1e3]}
-                yield faster(f"{number} adapters, 56 places: {what}", both, "PEFT", note)
+                both = [[found[f"{side}: {what}"]] for side in ("ours", "PEFT")]
+                yield compare(f"{number} adapters, 56 places: {what}", FASTER, *both, "ms", "PEFT", note)
         else:
             alone = [found["ours: last load"]], [found["ours: first load"]]
-            yield share(f"{number} adapters, 56 places: last load", *alone, "ms", "its own first load", note)
+            name = f"{number} adapters, 56 places: last load"
+            yield compare(name, SHARE, *alone, "ms", "its own first load", note)
 
 
-WORKLOADS = {f.__name__: f for f in (train, upper, memory, cost, choice, generate, hang)}
+WORKLOADS = {f.__name__: f for f in (train, series, upper, memory, cost, choice, generate, hang, gpu)}
 
 
 def main() -> None:
@@ -171,12 +226,14 @@ def main() -> None:
         asked = Asked(number, steps, size, given.threads, given.data, True, ("lora", "prefix"), *lists[1:])
     command = "python -m benchmarks " + " ".join(sys.argv[1:])
     print(machine())
+    watch = Watch()
     for name in given.workloads or WORKLOADS:
         for result in WORKLOADS[name](asked):
+            load = watch.told()
             print(f"{result.workload:60s} {result.ratio:8.2f} ({result.low:.2f}-{result.high:.2f}) {result.metric}, "
-                  f"{result.peer_is}; {result.note}", flush=True)  # fmt: skip
+                  f"{result.peer_is}; {result.note}; {load}", flush=True)  # fmt: skip
             if not given.quick:
-                record(result, command.strip())
+                record(result, command.strip(), load)
     if not given.quick:
         report.write()
 

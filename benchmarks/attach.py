@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,27 @@ import torch
 from torch import nn
 
 from benchmarks.bases import ALL_LINEARS, llama
+from benchmarks.harness import Took, clock
 
 
-def ours() -> float:
-    """Seconds of attach and add."""
+def ours() -> Took:
+    """Time of attach and add."""
     import inlay
 
     model = llama("32-layer")
-    began = time.perf_counter()
+    began = clock()
     inlay.attach(model).add("a", inlay.method("lora").make(rank=8, alpha=16.0), at="linear")
-    return time.perf_counter() - began
+    return began.since()
 
 
-def peft() -> float:
-    """Seconds of get_peft_model."""
+def peft() -> Took:
+    """Time of get_peft_model."""
     import peft as hf
 
     model = llama("32-layer")
-    began = time.perf_counter()
+    began = clock()
     hf.get_peft_model(model, hf.LoraConfig(r=8, lora_alpha=16, target_modules=ALL_LINEARS))
-    return time.perf_counter() - began
+    return began.since()
 
 
 class Wrap(nn.Module):
@@ -44,15 +44,15 @@ class Wrap(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
 
-def bare() -> float:
-    """Seconds of replacing 224 modules by a wrapper."""
+def bare() -> Took:
+    """Time of replacing 224 modules by a wrapper."""
     model = llama("32-layer")
-    began = time.perf_counter()
+    began = clock()
     for path, m in list(model.named_modules()):
         if isinstance(m, nn.Linear) and path != "lm_head":
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, Wrap(m))
-    return time.perf_counter() - began
+    return began.since()
 
 
 def many(number: int, with_peft: bool) -> dict[str, float]:
@@ -69,20 +69,20 @@ def many(number: int, with_peft: bool) -> dict[str, float]:
         inlay.save(host, "a0", Path(folder) / "ours")
         times = []
         for i in range(1, number):
-            began = time.perf_counter()
+            began = clock()
             inlay.load(host, Path(folder) / "ours", name=f"a{i}")
-            times.append(1e3 * (time.perf_counter() - began))
+            times.append(1e3 * began.since().wall)
         found["ours: first load"], found["ours: last load"] = times[0], sorted(times[-9:])[len(times[-9:]) // 2]
-        began = time.perf_counter()
+        began = clock()
         for i in range(20):
             host.use(f"a{i % number}")
-        found["ours: switch"] = 50 * (time.perf_counter() - began)
+        found["ours: switch"] = 50 * began.since().wall
         with torch.no_grad():
             host.model(ids)
-            began = time.perf_counter()
+            began = clock()
             for _ in range(5):
                 host.model(ids)
-        found["ours: forward"] = 200 * (time.perf_counter() - began)
+        found["ours: forward"] = 200 * began.since().wall
         if with_peft:
             model = hf.get_peft_model(
                 llama("60M-blocks"), hf.LoraConfig(r=8, lora_alpha=16, target_modules=ALL_LINEARS), "a0"
@@ -90,17 +90,18 @@ def many(number: int, with_peft: bool) -> dict[str, float]:
             model.save_pretrained(Path(folder) / "peft", selected_adapters=["a0"])
             times = []
             for i in range(1, number):
-                began = time.perf_counter()
+                began = clock()
                 model.load_adapter(str(Path(folder) / "peft" / "a0"), f"a{i}")
-                times.append(1e3 * (time.perf_counter() - began))
+                times.append(1e3 * began.since().wall)
             found["PEFT: first load"], found["PEFT: last load"] = times[0], sorted(times[-9:])[len(times[-9:]) // 2]
-            began = time.perf_counter()
+            began = clock()
             for i in range(4):
                 model.set_adapter(f"a{i % number}")
-            found["PEFT: switch"] = 250 * (time.perf_counter() - began)
+            found["PEFT: switch"] = 250 * began.since().wall
             with torch.no_grad():
-                began = time.perf_counter()
+                model(ids)
+                began = clock()
                 for _ in range(5):
                     model(ids)
-            found["PEFT: forward"] = 200 * (time.perf_counter() - began)
+            found["PEFT: forward"] = 200 * began.since().wall
     return {k: round(v, 2) for k, v in found.items()}

@@ -25,5 +25,12 @@ def llama(size: str, dtype: str = "fp32", device: str = "cpu") -> Any:
     torch.manual_seed(0)
     vocabulary = VOCABULARY.get(size, 32000)
     config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=2048, pad_token_id=0, **SIZES[size])
-    model = LlamaForCausalLM(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    return model.to(device)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    )  # 7B in fp32 first: 28 GB for a moment
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(usual)

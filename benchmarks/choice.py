@@ -75,7 +75,7 @@ class Choice:
         """Largest difference of scores; RuntimeError if it is not small."""
         ours, harness, alone = self.ours(), self.harness(), self.one_by_one()
         worst = max(max(abs(a - b), abs(a - c)) for a, b, c in zip(ours, harness, alone, strict=True))
-        if worst > 1e-3:
+        if worst > 1e-4:
             raise RuntimeError(f"scores differ by {worst}")
         return f"scores of {len(ours)} options agree to {worst:.0e}"
 

@@ -9,11 +9,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -38,59 +39,69 @@ class Result:
     """Smallest and largest ratio of a round."""
     rounds: int
     note: str = ""
+    cpu_ratio: float | None = None
+    """The same ratio of CPU seconds (all threads), where time is compared."""
 
 
-def rounds(variants: Mapping[str, Callable[[], object]], number: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, one after another within a round; a first round is thrown away.
+class Took(NamedTuple):
+    """Seconds: by the clock, and of this process's CPUs."""
 
-    A variant may return its own seconds (a float), where part of its work is not to be counted.
+    wall: float
+    cpu: float
+
+    def since(self) -> Took:
+        """What has passed since `clock` gave this."""
+        now = clock()
+        return Took(now.wall - self.wall, now.cpu - self.cpu)
+
+
+def clock() -> Took:
+    """Now; work sent to a GPU is waited for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return Took(time.perf_counter(), time.process_time())
+
+
+def total(parts: Iterable[Took]) -> Took:
+    """One after the other."""
+    walls, cpus = zip(*parts, strict=True)
+    return Took(sum(walls), sum(cpus))
+
+
+def rounds(variants: Mapping[str, Callable[[], object]], number: int) -> dict[str, list[Took]]:
+    """Time of each variant in each round, one after another within a round; a first round is thrown away.
+
+    A variant may return its own `Took`, where part of its work is not to be counted.
     """
-    found: dict[str, list[float]] = {name: [] for name in variants}
+    found: dict[str, list[Took]] = {name: [] for name in variants}
     for turn in range(number + 1):
         for name, run in variants.items():
-            began = time.perf_counter()
+            began = clock()
             told = run()
-            seconds = told if isinstance(told, float) else time.perf_counter() - began
+            took = told if isinstance(told, Took) else began.since()
             if turn:
-                found[name].append(seconds)
+                found[name].append(took)
     return found
 
 
-def faster(workload: str, seconds: Mapping[str, list[float]], peer_is: str, note: str = "") -> Result:
-    """`ours` against `peer`: how many times faster."""
-    each = [p / o for p, o in zip(seconds["peer"], seconds["ours"], strict=True)]
-    middle = {k: statistics.median(v) for k, v in seconds.items()}
-    return Result(
-        workload,
-        "times faster",
-        round(middle["ours"], 5),
-        round(middle["peer"], 5),
-        "s",
-        peer_is,
-        round(statistics.median(each), 3),
-        round(min(each), 3),
-        round(max(each), 3),
-        len(each),
-        note,
-    )
+FASTER, SHARE = "times faster", "times the peer's"
 
 
-def share(workload: str, ours: list[float], peer: list[float], unit: str, peer_is: str, note: str = "") -> Result:
-    """How many times what the peer takes: memory, or time over a bound."""
-    each = [o / p for o, p in zip(ours, peer, strict=True)]
-    return Result(
-        workload,
-        "times the peer's",
-        round(statistics.median(ours), 5),
-        round(statistics.median(peer), 5),
-        unit,
-        peer_is,
-        round(statistics.median(each), 3),
-        round(min(each), 3),
-        round(max(each), 3),
-        len(each),
-        note,
-    )
+def compare(
+    workload: str, metric: str, ours: Sequence[float], peer: Sequence[float], unit: str, peer_is: str, note: str = ""
+) -> Result:
+    """One result from the numbers of every round; the ratio is the median of the rounds' own."""
+    each = [p / o if metric == FASTER else o / p for o, p in zip(ours, peer, strict=True)]
+    middle = round(statistics.median(each), 3), round(min(each), 3), round(max(each), 3)
+    values = round(statistics.median(ours), 5), round(statistics.median(peer), 5)
+    return Result(workload, metric, *values, unit, peer_is, *middle, len(each), note)
+
+
+def faster(workload: str, ours: Sequence[Took], peer: Sequence[Took], peer_is: str, note: str = "") -> Result:
+    """How many times faster by the clock, with the ratio of CPU seconds beside it."""
+    walls, cpus = ([[t[i] for t in side] for side in (ours, peer)] for i in (0, 1))
+    made = compare(workload, FASTER, *walls, "s", peer_is, note)
+    return replace(made, cpu_ratio=compare(workload, FASTER, *cpus, "s", peer_is).ratio)
 
 
 def peak(*arguments: str) -> float:
@@ -128,11 +139,37 @@ def machine() -> dict[str, object]:
     }
 
 
-def record(result: Result, command: str, path: Path = RESULTS) -> None:
+class Watch:
+    """What else the machine did meanwhile: cores busy with other processes, and cores that the hypervisor took."""
+
+    def __init__(self) -> None:
+        self.began = self._now()
+        self.last: dict[str, float] = {}
+
+    @staticmethod
+    def _now() -> tuple[float, float, float, float]:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _, _, irq, softirq, steal = (int(x) / os.sysconf("SC_CLK_TCK") for x in first)
+        own = os.times()
+        mine = own.user + own.system + own.children_user + own.children_system
+        return time.monotonic(), user + nice + system + irq + softirq, steal, mine
+
+    def told(self) -> dict[str, float]:
+        """Means in cores since this was last asked, and the load average now. One measurement may give several results
+        at once: they share their means."""
+        now = self._now()
+        seconds, busy, steal, mine = (b - a for a, b in zip(self.began, now, strict=True))
+        if seconds > 0.5 or not self.last:
+            cores = {"others": (busy - mine) / seconds, "stolen": steal / seconds}
+            self.last = {k: round(max(v, 0.0), 2) for k, v in cores.items()} | {"loadavg": round(os.getloadavg()[0], 2)}
+            self.began = now
+        return self.last
+
+
+def record(result: Result, command: str, load: Mapping[str, float], path: Path = RESULTS) -> None:
     """Put a result into the file, in place of an older one of the same workload and peer."""
     there = json.loads(path.read_text()) if path.exists() else []
     there = [r for r in there if (r["workload"], r["peer_is"]) != (result.workload, result.peer_is)]
-    load = [round(x, 2) for x in os.getloadavg()]
     about = {"command": command, "date": date.today().isoformat(), "load": load, "machine": machine()}
     there.append({**asdict(result), **about})
     path.write_text(json.dumps(sorted(there, key=lambda r: r["workload"]), indent=1) + "\n")

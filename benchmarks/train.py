@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.bases import ALL_LINEARS, llama
+from benchmarks.harness import Took, clock, total
 from benchmarks.lengths import Row
 
 LR = 1e-4
@@ -34,31 +34,42 @@ def batches(examples: Sequence[Row], size: int) -> list[list[Row]]:
     return [list(examples[i : i + size]) for i in range(0, len(examples) - size + 1, size)]
 
 
+class Side(Protocol):
+    """One of the two that are compared."""
+
+    def steps(self, number: int) -> tuple[list[float], list[Took]]:
+        """(losses, time) of so many optimizer steps from the first example on."""
+
+
 class Peer:
     """PEFT under Trainer: dynamic padding on the right, AdamW, no dropout, no checkpointing."""
 
-    def __init__(self, model: Any, method: str, examples: Sequence[Row], size: int, adapter: Path | None = None):
+    def __init__(
+        self, model: Any, method: str, examples: Sequence[Row], size: int, adapter: Path | None = None, **arguments: Any
+    ):
         import peft
 
-        self.examples, self.size = examples, size
+        self.examples, self.size, self.arguments = examples, size, arguments
         self.model = peft.get_peft_model(model, peft_config(method))
         if adapter is not None:
             self.model.save_pretrained(adapter)
 
-    def steps(self, number: int) -> tuple[list[float], list[float]]:
-        """(losses, seconds) of so many optimizer steps from the first example on."""
+    def steps(self, number: int) -> tuple[list[float], list[Took]]:
+        """(losses, time) of so many optimizer steps from the first example on."""
         from torch.utils.data import SequentialSampler
         from transformers import Trainer, TrainerCallback, TrainingArguments
 
         losses: list[float] = []
-        marks: list[float] = []
+        took: list[Took] = []
+        began = clock()
 
         class Clock(TrainerCallback):
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                marks.append(time.perf_counter())
+                nonlocal began
+                began = clock()
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                marks.append(time.perf_counter())
+                took.append(began.since())
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 if "loss" in logs:
@@ -95,10 +106,11 @@ class Peer:
                 use_cpu=next(self.model.parameters()).device.type == "cpu",
                 dataloader_pin_memory=False,
                 remove_unused_columns=False,
+                **self.arguments,
             )
             data: Any = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
             InOrder(model=self.model, args=args, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
-        return losses, [b - a for a, b in zip(marks[0::2], marks[1::2], strict=True)]
+        return losses, took
 
 
 class Ours:
@@ -143,27 +155,31 @@ class Ours:
         self.loop.feed.step = lambda number: cut[number % len(cut)]  # type: ignore[method-assign]
         self.examples = list(examples)
 
-    def steps(self, number: int) -> tuple[list[float], list[float]]:
-        """(losses, seconds) of so many optimizer steps from the first example on."""
+    def steps(self, number: int) -> tuple[list[float], list[Took]]:
+        """(losses, time) of so many optimizer steps from the first example on."""
         from inlay.train.loop import training
 
         self.loop.step = 0
-        losses, seconds = [], []
+        losses, took = [], []
         with training(self.host, self.name, False), self.loop.way.active():
             for _ in range(number):
-                began = time.perf_counter()
+                began = clock()
                 losses.append(self.loop.advance()["loss"])
-                seconds.append(time.perf_counter() - began)
-        return losses, seconds
+                took.append(began.since())
+        return losses, took
 
 
-def agree(ours: Ours, peer: Peer, steps: int, near: float) -> str:
+def agree(ours: Side, peer: Side, steps: int, near: float) -> str:
     """The largest relative difference of the losses of the first steps; RuntimeError if it is not small."""
-    a, b = ours.steps(steps)[0], peer.steps(steps)[0]
+    return alike(ours.steps(steps)[0], peer.steps(steps)[0], near)
+
+
+def alike(a: Sequence[float], b: Sequence[float], near: float) -> str:
+    """The same of losses that are at hand."""
     worst = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
     if worst > near:
         raise RuntimeError(f"losses differ: {a} and {b}")
-    return f"losses of {steps} steps agree to {worst:.0e}"
+    return f"losses of {len(a)} steps agree to {worst:.0e}"
 
 
 def pair(
@@ -174,6 +190,6 @@ def pair(
     return Ours(llama(size, dtype, device), method, kind_rows, batch, folder), peer
 
 
-def turn(side: Ours | Peer, steps: int) -> Callable[[], float]:
-    """Seconds of a round's steps, the first of which is not counted."""
-    return lambda: sum(side.steps(steps + 1)[1][1:])
+def turn(side: Side, steps: int) -> Callable[[], Took]:
+    """Time of a round's steps, the first of which is not counted."""
+    return lambda: total(side.steps(steps + 1)[1][1:])
