@@ -1,8 +1,10 @@
-"""A training process for the kill test: checkpoints after every step, as fast as it can."""
+"""A training process for the kill tests: checkpoints after every step, as fast as it can, or with a slow disk."""
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,4 +17,12 @@ if __name__ == "__main__":
     from tests.train.tiny import rows, wearing
 
     run = Path(sys.argv[1])
+    if "slow" in sys.argv:
+        fsync = os.fsync
+
+        def slowly(handle):
+            time.sleep(0.005)
+            fsync(handle)
+
+        os.fsync = slowly
     fit(wearing(**KILLED), "a", rows(30), rows(4, 1), killed_settings(run), run, None, resume=True)

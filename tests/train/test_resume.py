@@ -188,31 +188,34 @@ def test_a_crash_at_any_write(tmp_path, monkeypatch):
     assert last < at, "the last round was to be undisturbed"
 
 
+@contextlib.contextmanager
+def killed(run, *how):
+    """A training process, once it has written a checkpoint of its own; then SIGKILL, and all checkpoints are whole."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(run), *how]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = max(checkpoint.steps(run), default=0)
+    while process.poll() is None and max(checkpoint.steps(run), default=0) <= before:
+        time.sleep(0.002)
+    yield process
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+    for step in checkpoint.steps(run):
+        checkpoint.read(run / f"checkpoint-{step}")
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_for_real(tmp_path, kills):
     """SIGKILL at random moments of a run that saves after every step; it still ends where an undisturbed one ends."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     draw, steps = random.Random(time.time()), []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(run)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
         before = max(checkpoint.steps(run), default=0)
-        while process.poll() is None and max(checkpoint.steps(run), default=0) <= before:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3 / kills))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-        process.stderr.close()
+        with killed(run):
+            time.sleep(draw.uniform(0, 0.3 / kills))
         steps.append(max(checkpoint.steps(run)))
         assert steps[-1] > before
-        for step in checkpoint.steps(run):
-            checkpoint.read(run / f"checkpoint-{step}")
     assert steps[-1] < 80, "the run was through before it was killed"
     host = wearing(**KILLED)
     fit(host, "a", rows(30), rows(4, 1), killed_settings(run), run, None, resume=True)
@@ -237,7 +240,7 @@ def full_disk(kind, monkeypatch):
 def test_full_disk(tmp_path, monkeypatch, kind):
     from inlay.methods.lora import LoRA
 
-    data, s = rows(8), settings(tmp_path)
+    data, s = rows(8), settings(tmp_path, async_save=False)
     with monkeypatch.context() as m:
         m.setattr(LoRA, "after_step", lambda self, a, step, total, state: full_disk(kind, m) if step == 4 else None)
         with pytest.raises(

@@ -13,6 +13,8 @@ import json
 import random
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from torch import Tensor
 
 from inlay.core.errors import InlayError
 from inlay.core.files import new_folder
+
+Values = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]
+"""Adapter, state and facts of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,51 @@ def write(run_dir: Path, step: int, adapter: dict[str, Tensor], state: dict[str,
         ) from e
     shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+class Writer:
+    """Checkpoints of a run, written one at a time; in the background, if wanted, while the run goes on.
+
+    Only writing moves to the background: whoever calls `put` hands over values that nobody else will change.
+    """
+
+    def __init__(self, background: bool):
+        self.background = background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def put(self, run_dir: Path, step: int, values: Values, keep_last: int, best: int | None) -> None:
+        """Write a checkpoint, then delete those that are no longer wanted. Waits for the one before, and raises its
+        error in place of writing this one."""
+        self.wait()
+
+        def work() -> None:
+            write(run_dir, step, *values)
+            prune(run_dir, keep_last, best)
+
+        if not self.background:
+            return work()
+        self._thread = threading.Thread(target=self._guarded, args=(work,), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as e:
+            self._error = e
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed since it was last asked for."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises like `check`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
 
 def last_good(run_dir: Path) -> str:

@@ -145,6 +145,7 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
     bar = stack.enter_context(Bar(loop.total, loop.step, run.progress and first_rank))
     try:
         while loop.step < loop.total:
+            loop.writer.check()
             first = loop.unreached is None
             metrics = loop.advance()
             if first and (missed := loop.unreached):
@@ -164,8 +165,11 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
             bar.update(metrics)
             if last or better and run.final == "best" or (run.save_every and loop.step % run.save_every == 0):
                 loop.save(run_dir, data)
+        loop.writer.wait()
         loop.team.ready()
     except BaseException as e:
+        with contextlib.suppress(BaseException):  # `e` came first
+            loop.writer.wait()
         loop.optimizer.zero_grad(set_to_none=True)
         if isinstance(e, Exception) and not loop.sharded:
             loop.team.fail()

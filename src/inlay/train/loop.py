@@ -131,6 +131,7 @@ class Loop:
             self.way = Sharded(way, root, team, min(train, key=lambda e: len(e.input_ids)))
         elif team.size > 1:
             self.way = Shared(way, team)
+        self.writer = checkpoint.Writer(settings.run.async_save)
         self.method_state: dict[str, Tensor] = {}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best: tuple[float, int] | None = None
@@ -227,7 +228,7 @@ class Loop:
         return {k: whole(v) for k, v in sorted(self.host.tensors(self.name).items())}
 
     def save(self, run_dir: Path, data: str) -> None:
-        """Write a checkpoint and delete those that are no longer wanted."""
+        """Copy the state to the CPU and let it be written; older checkpoints that are not wanted are deleted then."""
         self.team.ready()
         tensors = self.tensors()
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
@@ -258,8 +259,8 @@ class Loop:
             "adapter": self.adapter(),
         }
         if self.team.first:
-            checkpoint.write(run_dir, self.step, tensors, state, about)
-            checkpoint.prune(run_dir, self.settings.run.keep_last, self.best[1] if self.best else None)
+            best = self.best[1] if self.best else None
+            self.writer.put(run_dir, self.step, (tensors, state, about), self.settings.run.keep_last, best)
 
     def adapter(self) -> dict[str, Any]:
         """What hangs where, as JSON has it."""

@@ -120,6 +120,8 @@ class RunSettings:
     """Steps between validations; 0: only at the end."""
     save_every: int = 200
     """Steps between checkpoints; 0: only at the end (and wherever validation improves)."""
+    async_save: bool = True
+    """Write checkpoints in the background: the run waits only for their copy in memory."""
     keep_last: int = 3
     """Checkpoints kept besides the best one."""
     final: Literal["best", "last"] = "best"
@@ -173,7 +175,7 @@ def identity(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is learned: a run continues only under the same ones."""
     plain = to_plain(settings)
     plain.pop("out")
-    for name in ("loggers", "project", "progress", "save_every", "keep_last", "device", "parallel"):
+    for name in ("loggers", "project", "progress", "save_every", "async_save", "keep_last", "device", "parallel"):
         plain["run"].pop(name)
     return plain
 
