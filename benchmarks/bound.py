@@ -25,12 +25,13 @@ class Steps:
 
     def __init__(self, size: str, dtype: str, kind: str):
         import inlay
+        from inlay.engine.pack import budget
         from inlay.train.ways import Packed
 
         self.host = inlay.attach(llama(size, dtype))
         for name, (method, settings) in METHODS.items():
             self.host.add(name, inlay.method(method).make(**settings), at="linear", seed=0)
-        self.way = Packed(self.host, 0, 1024)
+        self.way = Packed(self.host, 0, budget(self.host))
         self.cut = batches(rows(kind, 32, self.host.model.config.vocab_size), 8)
         self.host.model.get_input_embeddings().register_forward_hook(self._leaf)
         self.bare = False

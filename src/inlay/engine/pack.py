@@ -16,7 +16,7 @@ from inlay.core.layout import Layout, rows_of
 from inlay.engine.attention import has_interface
 from inlay.engine.example import IGNORED, Example
 
-BUDGET = {"cpu": 1024}
+BUDGET = {"cpu": 768}
 """Tokens of a forward by kind of device: what keeps it busy, and no more memory than that."""
 BUDGET_ELSEWHERE = 8192
 

@@ -110,7 +110,7 @@ class RunSettings:
     """Sequences packed side by side and logits only where tokens are learned, or padded rows through the whole model:
     the same losses to rounding. Where packing cannot serve a model, the run says so and is plain."""
     pack_tokens: int | None = None
-    """Tokens per forward of the packed engine; 1024 on a CPU and 8192 elsewhere if not given."""
+    """Tokens per forward of the packed engine; 768 on a CPU and 8192 elsewhere if not given."""
     cache_activations: Literal["off", "ram", "disk"] = "off"
     """Where adapters hang in upper blocks only: keep what the blocks below say of each example, in memory or in the
     run folder, and pass over those blocks from the second epoch on."""
