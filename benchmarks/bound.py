@@ -31,7 +31,7 @@ class Steps:
         self.host = inlay.attach(llama(size, dtype))
         for name, (method, settings) in METHODS.items():
             self.host.add(name, inlay.method(method).make(**settings), at="linear", seed=0)
-        self.way = Packed(self.host, 0, budget(self.host))
+        self.way = Packed(self.host, 0, budget(self.host.device))
         self.cut = batches(rows(kind, 32, self.host.model.config.vocab_size), 8)
         self.host.model.get_input_embeddings().register_forward_hook(self._leaf)
         self.bare = False
