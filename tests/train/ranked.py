@@ -64,15 +64,32 @@ def train(
     resume: bool = False,
     rig: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """One run on the ranks that are there: what all of them must agree on, and `kept`, the base's numbers held here."""
+    """One run on the ranks that are there: what all of them must agree on, and `kept`, the base's numbers held here.
+
+    Fails if a tensor is put together of its shards that is neither the adapter's, nor its optimizer's, nor a number.
+    """
+    from torch.distributed.tensor import DTensor
+
     from inlay.train import fit
     from tests.train.tiny import rows, settings, wearing
 
     host = wearing(method, **own)
+    if changes.get("dtype") == "bf16":
+        host.model.bfloat16()
+        for p in host.parameters():
+            p.data = p.data.float()
     if rig is not None:
         rig(host)
     s = settings(run, **{"steps": 5, "eval_every": 2, "save_every": 2, "keep_last": 9, **changes})
+    full, mine = DTensor.full_tensor, {*(tuple(t.shape) for t in host.tensors("a").values()), ()}
+
+    def put_together(self: Any) -> Any:
+        assert tuple(self.shape) in mine, f"a tensor of shape {tuple(self.shape)} was gathered"
+        return full(self)
+
+    DTensor.full_tensor = put_together
     r = fit(host, "a", rows(n, prompt=True), rows(5, 9, prompt=True), s, run, None, resume=resume)
+    DTensor.full_tensor = full
     kept = sum(getattr(p, "_local_tensor", p).numel() for n, p in host.model.named_parameters() if "inlay" not in n)
     return {
         "kept": kept,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -120,3 +124,18 @@ def test_ranks_with_other_data_are_refused(tmp_path):
 def test_what_cannot_be_sharded_says_so(tmp_path):
     for text in launch(2, train, tmp_path, "adalora", {}, {"parallel": "fsdp"}):
         assert "parallel: ddp" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    ["torch.distributed.run --nproc-per-node 2", "accelerate.commands.launch --multi_gpu --num_processes 2"],
+)
+def test_launchers_and_the_command_line(tmp_path, launcher):
+    """Both start the same processes; without a GPU they speak gloo."""
+    flags = f"--model tiny-llama --task world-addsub --limit 40 --steps 2 --loggers none --no-progress --out {tmp_path}"
+    command = f"{launcher} -m inlay train {flags}".split()
+    made = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("2 steps") == 1
+    assert json.loads((tmp_path / "environment.json").read_text())["sessions"][0]["ranks"] == 2

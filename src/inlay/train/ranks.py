@@ -42,7 +42,8 @@ def rank() -> int:
 def joined() -> Iterator[Team]:
     """The processes of this run. A process group that is already there is used, one that is missing is made."""
     if dist.is_available() and dist.is_initialized():
-        yield Team(dist.get_rank(), dist.get_world_size())
+        spoken = "gloo" in str(dist.get_backend_config())  # a group made for GPUs alone moves no CPU's words
+        yield Team(dist.get_rank(), dist.get_world_size(), None if spoken else dist.new_group(backend="gloo"))
         return
     size = int(os.environ.get("WORLD_SIZE", 1)) if all(os.environ.get(n) for n in LAUNCHED) else 1
     if size == 1:
@@ -86,12 +87,14 @@ def shares(examples: Sequence[Example], size: int) -> list[list[Example]]:
 class Team:
     """The processes that train together, seen from one of them; alone, everything here is the identity.
 
+    `words` is the process group for what CPUs say to each other; the default one if None.
+
     Every method but `fail` is called by all ranks in the same order. An error in one rank reaches the others where they
     next meet, in `ready` or in a method that begins with it.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, words: Any = None):
+        self.rank, self.size, self.words = rank, size, words
 
     @property
     def first(self) -> bool:
@@ -103,7 +106,7 @@ class Team:
         if self.size == 1:
             return
         ill = torch.tensor([0.0 if well else 1.0], dtype=torch.float64)
-        dist.all_reduce(ill)
+        dist.all_reduce(ill, group=self.words)
         if well and ill.item():
             raise InlayError(ASTRAY)
 
@@ -129,7 +132,7 @@ class Team:
         if self.size == 1:
             return list(values)
         total = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.words)
         return total.tolist()
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -143,7 +146,7 @@ class Team:
                 told[0] = make()
             except Exception as e:
                 error, told[1] = e, str(e)
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=self.words)
         if error is not None:
             raise error
         if told[1] is not None:
@@ -154,10 +157,10 @@ class Team:
         """Every rank's value, on rank 0; elsewhere this rank's own."""
         if self.size == 1 or not self.first:
             if self.size > 1:
-                dist.gather_object(value, None, dst=0)
+                dist.gather_object(value, None, dst=0, group=self.words)
             return [value]
         found: list[Any] = [None] * self.size
-        dist.gather_object(value, found, dst=0)
+        dist.gather_object(value, found, dst=0, group=self.words)
         return found
 
     def same(self, value: Any, what: str) -> None:
