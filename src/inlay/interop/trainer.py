@@ -1,7 +1,7 @@
 """Adapters under `transformers.Trainer` and TRL: a model that wears one trains there like any other.
 
 What this callback adds is Inlay's adapter folder in every checkpoint, the terms that methods such as AdaLoRA ask of a
-training loop, and an error where nothing would be learned.
+training loop, and an error where nothing would be learned. For packed forwards there, see `inlay.engine.trainer`.
 """
 
 from __future__ import annotations
