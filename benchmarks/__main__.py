@@ -172,12 +172,12 @@ def generate(asked: Asked) -> Iterator[Result]:
     if asked.data is None:
         print("generate needs --data: skipped", file=sys.stderr)
         return
-    side = Generation(asked.data, 8 if asked.quick else 96)
+    side = Generation(asked.data, *((8, "small") if asked.quick else (40, asked.size)))
     told = side.agree()
     runs = {"ours": side.ours, "8": lambda: side.peer(8), "1": lambda: side.peer(1)}
     took = rounds(runs, asked.rounds)
     for peer, peer_is in (("8", "transformers generate, batch 8"), ("1", "transformers generate, one at a time")):
-        yield faster("generate math prompts tiny-llama", took["ours"], took[peer], peer_is, told)
+        yield faster(f"generate math prompts {asked.size}", took["ours"], took[peer], peer_is, told)
 
 
 def hang(asked: Asked) -> Iterator[Result]:

@@ -187,3 +187,12 @@ def test_wrong_plans_are_told(tok):
     with pytest.raises(InlayError, match="3 seeds"):
         generate(worn, tok, ["a"], seeds=[1, 2, 3])
     assert generate(worn, tok, []) == []
+
+
+def test_limits_are_each_prompts_own(worn, tok):
+    settings, limits = GenerateSettings(max_new_tokens=6, batch_size=3), [1 + i % 8 for i in range(len(PROMPTS))]
+    whole = generate(worn, tok, PROMPTS, PLAN, settings)
+    cut = generate(worn, tok, PROMPTS, PLAN, settings, limits=limits)
+    assert [c.tokens for c in cut] == [w.tokens[:n] for w, n in zip(whole, limits, strict=True)]
+    with pytest.raises(InlayError, match="2 limits for"):
+        generate(worn, tok, PROMPTS, PLAN, settings, limits=[1, 2])

@@ -107,6 +107,7 @@ def generate(
     plan: Plan = None,
     settings: GenerateSettings | None = None,
     seeds: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Generate for each prompt, in the prompts' order.
 
@@ -116,12 +117,13 @@ def generate(
             outside this call does not matter and is not changed.
         seeds: of sampling, one a prompt; by default made from `settings.seed`, the prompt's ids, and how often the same
             prompt with the same adapter came before.
+        limits: most new tokens of each prompt, where that is less than `max_new_tokens`.
 
     A prompt that leaves less room in the base's context than `max_new_tokens` gets the room there is (`finished` is
     then `length`); one that leaves none is an InlayError.
     """
     found: list[Generation | None] = [None] * len(prompts)
-    for done, _ in generate_each(host, tokenizer, prompts, plan, settings, seeds):
+    for done, _ in generate_each(host, tokenizer, prompts, plan, settings, seeds, limits):
         for i, one in done.items():
             found[i] = one
     return found  # type: ignore[return-value]
@@ -134,6 +136,7 @@ def generate_each(
     plan: Plan = None,
     settings: GenerateSettings | None = None,
     seeds: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict[int, Generation], float]]:
     """As `generate`, as rows are done: ({prompt's index: generation}, seconds since the last ones)."""
     settings = settings or GenerateSettings()
@@ -141,9 +144,13 @@ def generate_each(
     seeds = list(seeds) if seeds is not None else _seeds(settings.seed, ids, plans)
     if len(seeds) != len(ids):
         raise InlayError(f"{len(seeds)} seeds for {len(ids)} prompts")
+    asked = list(limits) if limits is not None else [settings.max_new_tokens] * len(ids)
+    if len(asked) != len(ids) or any(n < 1 for n in asked):
+        raise InlayError(f"{len(asked)} limits for {len(ids)} prompts: give one each, at least 1")
     first = turns(plans)
-    limits = [_limit(host, i, row, worn, settings) for i, (row, worn) in enumerate(zip(ids, plans, strict=True))]
-    rows = [Row(i, *told) for i, told in enumerate(zip(ids, plans, seeds, limits, strict=True))]
+    whole = [_limit(host, i, row, worn, settings) for i, (row, worn) in enumerate(zip(ids, plans, strict=True))]
+    most = [min(pair) for pair in zip(asked, whole, strict=True)]
+    rows = [Row(i, *told) for i, told in enumerate(zip(ids, plans, seeds, most, strict=True))]
     rows.sort(key=lambda r: (first[r.worn], -len(r.ids), r.index))
     way = _in_slots if rows and settings.beams == 1 and slots.serves(host) else _in_batches
     yield from way(host, tokenizer, rows, settings)
