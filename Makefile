@@ -6,13 +6,14 @@ VENV   ?= .venv
 TORCH      ?= torch==2.13.0
 TORCH_FROM ?=
 JOBS       ?= 2
+PEERS      := benchmarks/.venv-adapters
 
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Tests run one process a core, one thread each.
 QUIET := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test check-slow lint format matrix clean
+.PHONY: help demo test check-slow bench bench-peers lint format matrix clean
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -25,20 +26,26 @@ test: $(VENV)/.dev  ## every fast test
 check-slow: $(VENV)/.dev  ## the slow tests too
 	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --durations=15 tests
 
+# e.g.  make bench ARGS="train memory --size small" DATA=../LLM-Adapters/dataset
+bench: $(VENV)/.dev  ## measure against the peers, into docs/benchmarks.* (hours; ARGS="--quick": a smoke test)
+	$(RUN) $(BIN)/python -m benchmarks $(ARGS) $(if $(DATA),--data $(DATA))
+
+bench-peers: $(PEERS)/.made  ## an environment for AdapterHub, which pins an older transformers
+
 lint: $(VENV)/.dev  ## ruff and mypy
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## let ruff fix and format what it can
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 matrix: $(VENV)/.dev  ## write the support matrix into README.md
 	$(QUIET) $(BIN)/python -m tests.matrix
 
 clean:  ## remove the environment and whatever tools left behind
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: the second run starts at once, and a changed pyproject.toml installs again.
@@ -55,3 +62,10 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
 	@touch $@ $(VENV)/.base
+
+$(PEERS)/.made:
+	$(PYTHON) -m venv $(PEERS)
+	echo '*' > $(PEERS)/.gitignore
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH_FROM) "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)" "adapters==1.3.*" accelerate
+	@touch $@

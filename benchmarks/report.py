@@ -22,21 +22,24 @@ def write(path: Path = RESULTS) -> None:
 def table(results: list[dict]) -> str:
     """Every result, one row each."""
     lines = [
-        "| workload | peer | ours | peer's | ratio (range over rounds) | rounds | notes |",
-        "|---|---|---|---|---|---|---|",
+        "| workload | peer | ours | peer's | ratio (range over rounds) | by CPU time | rounds | others' load | notes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         ratio = f"{r['ratio']:.2f} {'×' if r['metric'] == 'times faster' else 'of it'} ({r['low']:.2f}–{r['high']:.2f})"
         digits = 0 if r["unit"] == "MiB" else 4
+        cpu = f"{r['cpu_ratio']:.2f} ×" if r.get("cpu_ratio") is not None else ""
+        load = f"{r['load']['others'] + r['load']['stolen']:.2f} cores"
         lines.append(
             f"| {r['workload']} | {r['peer_is']} | {r['ours']:.{digits}f} {r['unit']} | "
-            f"{r['peer']:.{digits}f} {r['unit']} | {ratio} | {r['rounds']} | {r['note']} |"
+            f"{r['peer']:.{digits}f} {r['unit']} | {ratio} | {cpu} | {r['rounds']} | {load} | {r['note']} |"
         )
-    last = results[-1]
+    dates = sorted({r["date"] for r in results})
     machines = sorted({json.dumps(r["machine"], sort_keys=True) for r in results})
     about = "\n".join(f"- `{m}`" for m in machines)
     commands = "\n".join(f"- `{c}`" for c in sorted({r["command"] for r in results}))
-    return "\n".join([*lines, "", f"Measured {last['date']} on:", "", about, "", "Commands:", "", commands])
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return "\n".join([*lines, "", f"Measured {when} on:", "", about, "", "Commands:", "", commands])
 
 
 def plot(results: list[dict], file: Path) -> None:

@@ -1,0 +1,104 @@
+"""The measuring itself: ratios by round, sides that compute the same, typical lengths, work that is counted."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bound, report
+from benchmarks.bases import llama
+from benchmarks.harness import FASTER, SHARE, Took, Watch, clock, compare, faster, record, rounds, total
+from benchmarks.lengths import BATCH, FILE, Pair, padding, rows, typical
+from benchmarks.train import Ours, agree, alike, batches, pair, turn
+
+
+def test_the_ratio_is_the_median_of_the_rounds_and_not_the_ratio_of_medians():
+    made = compare("w", FASTER, [1.0, 2.0, 10.0], [4.0, 2.0, 30.0], "s", "p")
+    assert (made.ratio, made.low, made.high, made.ours, made.peer, made.rounds) == (3.0, 1.0, 4.0, 2.0, 4.0, 3)
+    assert compare("w", SHARE, [1.0], [4.0], "MiB", "p").ratio == 0.25
+
+
+def test_wall_and_cpu_seconds_make_ratios_of_their_own():
+    made = faster("w", [Took(1.0, 2.0)], [Took(3.0, 4.0)], "p")
+    assert (made.ratio, made.cpu_ratio) == (3.0, 2.0)
+    assert total([Took(1, 2), Took(3, 5)]) == Took(4, 7)
+
+
+def test_rounds_interleave_and_the_first_is_thrown_away():
+    order = []
+    given = iter([Took(9.0, 9.0), Took(1.0, 1.0), Took(2.0, 2.0)])
+    found = rounds({"a": lambda: order.append("a") or next(given), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert found["a"] == [Took(1.0, 1.0), Took(2.0, 2.0)] and len(found["b"]) == 2
+
+
+def test_a_cpu_clock_does_not_count_waiting():
+    began = clock()
+    time.sleep(0.05)
+    took = began.since()
+    assert took.wall >= 0.05 > took.cpu
+
+
+def test_a_result_takes_the_place_of_an_older_one_and_every_column_is_written(tmp_path):
+    path = tmp_path / "benchmarks.json"
+    load = Watch().told()
+    for workload, ratio in (("b", 5.0), ("a", 2.0), ("b", 3.0)):
+        record(
+            faster(workload, [Took(1.0, 1.0)], [Took(ratio, 1.0)], "peer", "why"), "python -m benchmarks", load, path
+        )
+    found = json.loads(path.read_text())
+    assert [(r["workload"], r["ratio"]) for r in found] == [("a", 2.0), ("b", 3.0)]
+    assert {"machine", "command", "date", "load", "low", "high", "cpu_ratio"} <= found[0].keys()
+    header, rule, *lines = report.table(found).split("\n\n")[0].splitlines()
+    assert len(lines) == 2 and len({line.count("|") for line in (header, rule, *lines)}) == 1
+
+
+@pytest.mark.parametrize("kind", ["math", "commonsense", "alpaca"])
+def test_the_batches_that_are_timed_are_padded_like_the_data(kind):
+    pairs: list[Pair] = [tuple(p) for p in json.loads(FILE.read_text())[kind]]
+    whole = padding(pairs)
+    for count in (2, 4, 8):
+        assert padding(pairs[: count * BATCH]) == pytest.approx(whole, rel=0.02)
+    assert sorted(typical(pairs)) == sorted(pairs)
+
+
+def test_rows_have_the_lengths_of_the_file():
+    made = rows("math", 16, 200)
+    assert [(sum(x == -100 for x in r.labels), sum(x != -100 for x in r.labels)) for r in made] == [
+        tuple(p) for p in json.loads(FILE.read_text())["math"][:16]
+    ]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_both_sides_compute_the_same_losses(method, tmp_path):
+    examples = rows("math", 16, 200)
+    ours, peer = pair("tiny", examples, method, "fp32", 8, tmp_path / "a")
+    agree(ours, peer, 2, 1e-5)
+    assert turn(ours, 1)().wall > 0
+
+
+def test_losses_that_differ_stop_a_benchmark():
+    with pytest.raises(RuntimeError, match="losses differ"):
+        alike([1.0, 2.0], [1.0, 2.001], 1e-4)
+
+
+def test_the_plain_engine_can_be_asked_for():
+    examples = rows("math", 8, 200)
+    ways = [Ours(llama("tiny"), "lora", examples, 8, engine=engine).loop.way for engine in ("packed", "plain")]
+    assert [type(way).__name__ for way in ways] == ["Packed", "Plain"]
+
+
+def test_work_is_what_pytorch_counts():
+    model = llama("tiny").requires_grad_(False)
+    (batch,) = cut = batches(rows("math", 1, 200), 1)
+    ids = torch.tensor([batch[0].input_ids])
+    learned = sum(x != -100 for x in batch[0].labels[1:])
+    x = model.get_input_embeddings()(ids).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        model.lm_head(hidden[0, -learned:]).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert bound.work(model.config, cut) == products
