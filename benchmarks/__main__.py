@@ -43,6 +43,7 @@ class Asked:
     threads: int
     data: Path | None
     quick: bool
+    count: int
     methods: tuple[str, ...]
     kinds: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -160,7 +161,7 @@ def choice(asked: Asked) -> Iterator[Result]:
         print("choice needs --data: skipped", file=sys.stderr)
         return
     for name, form in (("ARC-Easy", "adapter"), ("ARC-Easy", "text"), ("openbookqa", "adapter"), ("boolq", "adapter")):
-        side = Choice(asked.data, name, form, 4 if asked.quick else 48, "small" if asked.quick else asked.size)
+        side = Choice(asked.data, name, form, 4 if asked.quick else asked.count, "small" if asked.quick else asked.size)
         told = side.agree()
         took = rounds({"ours": side.ours, "harness": side.harness, "alone": side.one_by_one}, asked.rounds)
         for peer, peer_is in (("harness", "lm_eval HFLM, batch 16"), ("alone", "one forward per option")):
@@ -172,7 +173,7 @@ def generate(asked: Asked) -> Iterator[Result]:
     if asked.data is None:
         print("generate needs --data: skipped", file=sys.stderr)
         return
-    side = Generation(asked.data, *((8, "small") if asked.quick else (40, asked.size)))
+    side = Generation(asked.data, *((8, "small") if asked.quick else (asked.count, asked.size)))
     told = side.agree()
     runs = {"ours": side.ours, "8": lambda: side.peer(8), "1": lambda: side.peer(1)}
     took = rounds(runs, asked.rounds)
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--size", default="60M", help="base: small, 60M, 7B")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, help="real test files")
+    parser.add_argument("--count", type=int, default=40, help="questions, or prompts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--kinds", nargs="+", default=["math", "commonsense", "alpaca"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
@@ -221,9 +223,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     number, steps, size = (1, 1, "tiny") if given.quick else (given.rounds, given.steps, given.size)
     lists = (tuple(given.methods), tuple(given.kinds), tuple(given.dtypes))
-    asked = Asked(number, steps, size, given.threads, given.data, given.quick, *lists)
+    asked = Asked(number, steps, size, given.threads, given.data, given.quick, given.count, *lists)
     if given.quick:
-        asked = Asked(number, steps, size, given.threads, given.data, True, ("lora", "prefix"), *lists[1:])
+        asked = Asked(number, steps, size, given.threads, given.data, True, 8, ("lora", "prefix"), *lists[1:])
     command = "python -m benchmarks " + " ".join(sys.argv[1:])
     print(machine())
     watch = Watch()
