@@ -112,26 +112,28 @@ def breaks(at: int, on: int, how: str) -> Callable[[Any], None]:
 
 
 def _break(at: int, on: int, how: str, host: Any) -> None:
-    from inlay.methods.lora import LoRA
+    from torch.optim import AdamW
+
     from inlay.train import checkpoint
 
     if int(os.environ["RANK"]) != on:
         return
-    calls = 0
+    calls, step = 0, AdamW.step
 
-    def grief(self: Any, adapter: Any, *more: Any) -> None:
+    def grief(self: Any, *args: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls < at:
-            return
-        if how == "compute":
-            host.model.lm_head.register_forward_pre_hook(functools.partial(_raise, ValueError("out of luck")))
-        elif how == "diverge":
-            next(iter(adapter.values()))["A"].data.fill_(float("nan"))
-        else:
+        made = step(self, *args, **more)
+        if calls == at and how == "compute":
+            host.model.model.norm.register_forward_pre_hook(functools.partial(_raise, ValueError("out of luck")))
+        elif calls == at and how == "diverge":
+            tensor = self.param_groups[0]["params"][0].data
+            getattr(tensor, "_local_tensor", tensor).fill_(float("nan"))
+        elif calls == at:
             checkpoint.save_file = functools.partial(_raise, OSError("no space left"))
+        return made
 
-    LoRA.after_step = grief
+    AdamW.step = grief
 
 
 def _raise(error: Exception, *args: Any, **more: Any) -> None:

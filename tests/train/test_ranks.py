@@ -103,16 +103,22 @@ def test_two_ranks_resume_to_the_last_bit(tmp_path):
     assert not torch.equal(*drawn) and torch.equal(drawn[1], b.state["random_of_other_ranks"][0]["torch"])
 
 
+ASTRAY = "InlayError: another process of this run has failed"
+
+
 @pytest.mark.parametrize(
-    ("how", "on", "here", "there"),
+    ("parallel", "how", "on", "here", "there"),
     [
-        ("compute", 1, "ValueError: out of luck", "InlayError: another process of this run has failed"),
-        ("write", 0, "InlayError: cannot write", "InlayError: another process of this run has failed"),
-        ("diverge", 1, "Diverged: ", "Diverged: "),
+        ("ddp", "compute", 1, "ValueError: out of luck", ASTRAY),
+        ("ddp", "write", 0, "InlayError: cannot write", ASTRAY),
+        ("ddp", "diverge", 1, "Diverged: ", "Diverged: "),
+        ("fsdp", "compute", 1, "ValueError: out of luck", "RuntimeError: "),  # the connection is closed on the other
+        ("fsdp", "write", 0, "InlayError: cannot write", ASTRAY),
+        ("fsdp", "diverge", 1, "Diverged: ", "Diverged: "),
     ],
 )
-def test_an_error_of_one_rank_stops_all(tmp_path, how, on, here, there):
-    said = launch(2, train, tmp_path, "lora", {}, {"steps": 8}, 11, False, breaks(2, on, how))
+def test_an_error_of_one_rank_stops_all(tmp_path, parallel, how, on, here, there):
+    said = launch(2, train, tmp_path, "lora", {}, {"steps": 8, "parallel": parallel}, 11, False, breaks(2, on, how))
     assert here in said[on] and there in said[1 - on], said
     assert not (tmp_path / "adapter").exists()
 

@@ -171,7 +171,7 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
         with contextlib.suppress(BaseException):  # `e` came first
             loop.writer.wait()
         loop.optimizer.zero_grad(set_to_none=True)
-        if isinstance(e, Exception) and not loop.sharded:
+        if isinstance(e, Exception) and not loop.unheard:
             loop.team.fail()
         with contextlib.suppress(OSError):  # the disk may be why it stopped
             journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")

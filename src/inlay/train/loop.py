@@ -131,6 +131,8 @@ class Loop:
             self.way = Sharded(way, root, team, min(train, key=lambda e: len(e.input_ids)))
         elif team.size > 1:
             self.way = Shared(way, team)
+        self.unheard = False
+        """Whether the other ranks wait for this one where they would not hear that it has failed."""
         self.writer = checkpoint.Writer(settings.run.async_save)
         self.method_state: dict[str, Tensor] = {}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -180,7 +182,12 @@ class Loop:
     def _each(self, compute: Callable[[], float]) -> float:
         """This rank's part of a sum. Ranks that hold parts of one base meet within, where no error can be told."""
         self.team.ready()
-        return compute() if self.sharded else self.team.together(compute)
+        if not self.sharded:
+            return self.team.together(compute)
+        self.unheard = True
+        made = compute()
+        self.unheard = False
+        return made
 
     def _update(self, number: int) -> dict[str, float]:
         """Clip, step, tell the method; returns the norm before clipping."""
