@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -216,6 +216,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--kinds", nargs="+", default=["math", "commonsense", "alpaca"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument(
+        "--default-products", action="store_true", help="ours keeps to PyTorch's default library too (float32, AMD)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round, nothing recorded")
     given = parser.parse_args()
     if unknown := set(given.workloads) - set(WORKLOADS):
@@ -226,11 +229,15 @@ def main() -> None:
     asked = Asked(number, steps, size, given.threads, given.data, given.quick, given.count, *lists)
     if given.quick:
         asked = Asked(number, steps, size, given.threads, given.data, True, 8, ("lora", "prefix"), *lists[1:])
-    command = "python -m benchmarks " + " ".join(sys.argv[1:])
+    if given.default_products:
+        bound.default_products()
+    command = "python -m benchmarks " + " ".join("DATA" if a == str(given.data) else a for a in sys.argv[1:])
     print(machine())
     watch = Watch()
     for name in given.workloads or WORKLOADS:
         for result in WORKLOADS[name](asked):
+            if given.default_products:
+                result = replace(result, workload=f"{result.workload}, default products")
             load = watch.told()
             print(f"{result.workload:60s} {result.ratio:8.2f} ({result.low:.2f}-{result.high:.2f}) {result.metric}, "
                   f"{result.peer_is}; {result.note}; {load}", flush=True)  # fmt: skip

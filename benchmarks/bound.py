@@ -83,3 +83,12 @@ def work(config: Any, cut: Sequence[Sequence[Row]]) -> float:
     tokens = sum(len(r.input_ids) for batch in cut for r in batch)
     learned = sum(label != -100 for batch in cut for r in batch for label in r.labels[1:])
     return 4.0 * layers * (4 * d * d + 3 * d * m) * tokens + 4.0 * d * config.vocab_size * learned
+
+
+def default_products() -> None:
+    """Let this process multiply as PyTorch does by default: what is left is everything but the choice of library."""
+    from inlay.core import product
+    from inlay.engine import linear, reorder
+
+    for module in (product, linear, reorder):
+        module.slow_default = lambda: False  # type: ignore[assignment, attr-defined]

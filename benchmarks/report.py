@@ -15,7 +15,7 @@ def write(path: Path = RESULTS) -> None:
     results = json.loads(path.read_text())
     page = path.with_suffix(".md")
     text = page.read_text().split(MARK)[0] if page.exists() else "# Benchmarks\n\n"
-    page.write_text(f"{text}{MARK}\n\n{table(results)}\n")
+    page.write_text(f"{text}{MARK}\n\n![times faster]({page.stem}.png)\n\n{table(results)}\n")
     plot(results, path.with_suffix(".png"))
 
 
@@ -57,7 +57,7 @@ def plot(results: list[dict], file: Path) -> None:
     axis.barh(names, ratios, xerr=ranges, color="#3b7dd8", ecolor="#333333", capsize=2, height=0.7)
     axis.axvline(1, color="black", linewidth=1)
     for y, ratio in enumerate(ratios):
-        axis.text(0.05, y, f"{ratio:.2f}×", va="center", color="white", fontsize=8)
+        axis.text(shown[y]["high"] + 0.15, y, f"{ratio:.2f}×", va="center", fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("times faster than the peer (bars: median of rounds; whiskers: range)")
     axis.tick_params(axis="y", labelsize=8)
