@@ -253,3 +253,30 @@ def test_counted_work():
     assert seen["block"] == 4 * tokens, "no padding"
     assert learned <= seen["head"] <= 2 * learned, "a hooked head is called once forward and once again in backward"
     assert seen["backward"] == 2, "nothing below the lowest adapted block"
+
+
+def test_adapters_of_the_head_find_their_sequences():
+    """Several in one pack: each sequence's loss, and each adapter's gradient, are those of its own."""
+    host = inlay.attach(base("llama"))
+    for name in ("a", "b"):
+        host.add(name, small("lora"), at="v,head", seed=ord(name))
+    excite(host)
+    with Packed(host, 0, 100).active():
+        alone = []
+        for row, name in zip(ROWS[:3], ("a", None, "b"), strict=True):
+            with host.using(name):
+                alone.append(head.loss_sum(host, pack(host, [row.input_ids], [row.labels])))
+        torch.stack([alone[0], alone[2]]).sum().backward()
+        want = {n: {k: t.grad.clone() for k, t in host.tensors(n).items()} for n in "ab"}
+        for p in host.parameters():
+            p.grad = None
+        with host.using("a", None, "b"):
+            made = pack(host, [r.input_ids for r in ROWS[:3]], [r.labels for r in ROWS[:3]])
+            loss = head.loss_sum(host, made)
+            loss.backward()
+            with torch.no_grad():
+                assert -head.log_likelihood(host, made).sum().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(x.item() for x in alone), rel=1e-5)
+    for name in "ab":
+        for key, t in host.tensors(name).items():
+            torch.testing.assert_close(t.grad, want[name][key], rtol=1e-3, atol=1e-4)

@@ -19,6 +19,7 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout
 from inlay.engine.example import Example
+from inlay.engine.memory import available
 
 FILE = "activations.bin"
 
@@ -70,10 +71,8 @@ class Cache:
             folder = next(p for p in (where, *where.parents) if p.exists())
             free, what = shutil.disk_usage(folder).free, f"free at {where}"
         else:
-            info = Path("/proc/meminfo")
-            lines = info.read_text().splitlines() if info.is_file() else []
-            told = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-            free, what = (told[0] if told else self.bytes), "of memory available"
+            told = available()
+            free, what = (self.bytes if told is None else told), "of memory available"
         if self.bytes > free:
             raise InlayError(f"cached activations need {self.bytes:,} bytes, {free:,} are {what}; leave the cache off")
 

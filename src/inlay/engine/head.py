@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inlay.core.fingerprint import readable
 from inlay.core.host import Host
+from inlay.core.route import Route
 from inlay.engine.loss import ROOM, linear_cross_entropy
 from inlay.engine.pack import Pack
 
@@ -40,12 +42,7 @@ def is_whole(host: Host) -> bool:
 def log_likelihood(host: Host, pack: Pack) -> Tensor:
     """log p(target) at each scored position (N,), float32, no gradients."""
     h = hidden(host, pack)
-    head = host.model.get_output_embeddings()
-    found = []
-    for part, target in zip(h.split(_step(head)), pack.target_N.split(_step(head)), strict=True):
-        logits = head(part[None])[0].float()
-        found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(found)
+    return torch.cat([-_slice(host, *part, "none") for part in _parts(host, pack, h)])
 
 
 def loss_sum(host: Host, pack: Pack) -> Tensor:
@@ -56,17 +53,26 @@ def loss_sum(host: Host, pack: Pack) -> Tensor:
         return linear_cross_entropy(h, head.weight, getattr(head, "bias", None), pack.target_N)
     # A head with an adapter, or one that is quantised: called, and called again in backward.
     total = h.new_zeros((), dtype=torch.float32)
-    for part, target in zip(h.split(_step(head)), pack.target_N.split(_step(head)), strict=True):
+    for part in _parts(host, pack, h):
+        again = torch.is_grad_enabled()
         total = total + (
-            checkpoint(_slice, head, part, target, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else _slice(head, part, target)
+            checkpoint(_slice, host, *part, "sum", use_reentrant=False) if again else _slice(host, *part, "sum")
         )
     return total
 
 
-def _slice(head: Any, part: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy(head(part[None])[0].float(), target, reduction="sum")
+def _parts(host: Host, pack: Pack, h_ND: Tensor) -> Iterator[tuple[Route, Tensor, Tensor]]:
+    """(route, hidden states, targets) of as many positions at a time as logits may be held for."""
+    step, now = max(1, ROOM // host.model.get_output_embeddings().out_features), host.now  # type: ignore[operator]
+    for at, h, target in zip(*(t.split(step) for t in (pack.scored_N, h_ND, pack.target_N)), strict=True):
+        yield now.only(at), h, target
+
+
+def _slice(host: Host, now: Route, h_ND: Tensor, target_N: Tensor, reduction: str) -> Tensor:
+    """Cross entropy of some positions. The route goes with it: adapters of the head find their rows, also again."""
+    host.now = now
+    logits = host.model.get_output_embeddings()(h_ND[:, None])[:, 0]  # type: ignore[operator]
+    return cross_entropy(logits.float(), target_N, reduction=reduction)
 
 
 def _frozen(head: Any) -> bool:
@@ -74,7 +80,3 @@ def _frozen(head: Any) -> bool:
     hooked = head._forward_hooks or head._forward_pre_hooks
     trained = any(p.requires_grad for p in head.parameters())
     return type(head) is torch.nn.Linear and readable(head.weight) and not hooked and not trained
-
-
-def _step(head: Any) -> int:
-    return max(1, ROOM // head.out_features)

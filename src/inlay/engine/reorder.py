@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from inlay.core.fingerprint import readable
 from inlay.core.product import slow_default
+from inlay.engine.memory import available
 
 
 class Reordered:
@@ -34,10 +34,7 @@ class Reordered:
 
     def fits(self) -> bool:
         """Whether twice their size is free, where the system tells."""
-        info = Path("/proc/meminfo")
-        lines = info.read_text().splitlines() if info.is_file() else []
-        free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
-        return bool(self._linears) and 2 * self.bytes <= free
+        return bool(self._linears) and 2 * self.bytes <= (available() or 0)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
