@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +41,20 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return linear(x, W, b)
 
 
+def _uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def plain(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(ctx, x, *rest)
+
+    return plain
+
+
 class _LowRank(torch.autograd.Function):
-    """y + s B A x over rows: x (N, D_in), y (N, D_out)."""
+    """y + s B A x over rows: x (N, D_in), y (N, D_out). Autocast is off inside: types stay as given."""
 
     @staticmethod
+    @_uncast
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, s: float, y: Tensor | None) -> Tensor:
         h = product(x, A)
         ctx.save_for_backward(x, A, B, h)
@@ -51,6 +63,7 @@ class _LowRank(torch.autograd.Function):
         return out if y is None else out.add_(y)
 
     @staticmethod
+    @_uncast
     def backward(ctx, g: Tensor):  # type: ignore[override]
         x, A, B, h = ctx.saved_tensors
         dh = product(g, (ctx.s * B).t())

@@ -195,6 +195,20 @@ def _seen(own: Family, window: int | None, device: torch.device) -> Tensor | Non
     return near.tril_().triu_(1 - window)
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """Attention without gradients of q (B, H, T, D) to k and v (B, H_kv, S, D) under a mask (B, 1, T, S): (B, H, T, D).
+    Heads that share keys are read as further queries, so that keys are never repeated."""
+    B, H, T, _ = q.shape
+    if (shared := H // k.shape[1]) > 1:
+        q = q.reshape(B, k.shape[1], shared * T, -1)
+        sees = sees.expand(B, shared, T, -1).reshape(B, 1, shared * T, -1)
+    if softcap is None:
+        out = scaled_dot_product_attention(q, k, v, sees, scale=scaling)
+    else:
+        out = capped(q, k, v, sees, scaling, softcap, 0.0)
+    return out.reshape(B, H, T, -1)
+
+
 def capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float, dropout: float
 ) -> Tensor:

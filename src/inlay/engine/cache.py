@@ -19,6 +19,7 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout
 from inlay.engine.example import Example
+from inlay.engine.linear import forwards
 from inlay.engine.memory import available
 
 FILE = "activations.bin"
@@ -113,20 +114,13 @@ class Cache:
             flat[at : at + end - begin] = self.data[begin:end]
         return flat.view(*layout.shape, -1).to(self.host.device)
 
-    @contextlib.contextmanager
-    def _skipping(self, hidden: Tensor) -> Iterator[None]:
+    def _skipping(self, hidden: Tensor) -> contextlib.AbstractContextManager[None]:
         said = (hidden,) if self._tuple else hidden
 
         def passed_over(*args: Any, **kwargs: Any) -> Any:
             return said
 
-        for block in self.blocks:
-            block.forward = passed_over
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
+        return forwards(dict.fromkeys(self.blocks, passed_over))
 
 
 def refused(host: Host, below: int) -> str:

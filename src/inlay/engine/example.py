@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 IGNORED = -100
@@ -19,6 +20,11 @@ class Example(Protocol):
         """The same, -100 where nothing is learned."""
 
 
+def scored(labels: Sequence[int]) -> int:
+    """Labels that are predicted from the tokens before: the first one never is."""
+    return sum(label != IGNORED for label in labels[1:])
+
+
 def learned(example: Example) -> int:
-    """Tokens of an example that are predicted from those before: the first one never is."""
-    return sum(label != IGNORED for label in example.labels[1:])
+    """The same of an example."""
+    return scored(example.labels)

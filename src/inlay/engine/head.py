@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from inlay.core.fingerprint import readable
 from inlay.core.host import Host
 from inlay.core.route import Route
-from inlay.engine.loss import ROOM, linear_cross_entropy
+from inlay.engine.loss import at_a_time, linear_cross_entropy
 from inlay.engine.pack import Pack
 
 
@@ -63,7 +63,7 @@ def loss_sum(host: Host, pack: Pack) -> Tensor:
 
 def _parts(host: Host, pack: Pack, h_ND: Tensor) -> Iterator[tuple[Route, Tensor, Tensor]]:
     """(route, hidden states, targets) of as many positions at a time as logits may be held for."""
-    step, now = max(1, ROOM // host.model.get_output_embeddings().out_features), host.now  # type: ignore[operator]
+    step, now = at_a_time(host.model.get_output_embeddings().out_features), host.now  # type: ignore[operator]
     for at, h, target in zip(*(t.split(step) for t in (pack.scored_N, h_ND, pack.target_N)), strict=True):
         yield now.only(at), h, target
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,24 +29,28 @@ class FrozenLinear(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def fast_linears(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model's frozen float32 linears compute by `FrozenLinear`, where that is worth it."""
-    chosen = [m for m in model.modules() if slow_default() and _replaceable(m)]
-    for m in chosen:
-        m.forward = functools.partial(_forward, m)  # type: ignore[method-assign,assignment]
+def forwards(of: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block, these modules compute by these functions; their hooks stay."""
+    for module, function in of.items():
+        module.forward = function
     try:
         yield
     finally:
-        for m in chosen:
-            del m.forward
+        for module in of:
+            del module.forward
 
 
-def _replaceable(m: Any) -> bool:
+def fast_linears(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within the block, the model's frozen float32 linears compute by `FrozenLinear`, where that is worth it."""
+    chosen = [m for m in model.modules() if slow_default() and frozen(m) and m.weight.dtype == torch.float32]
+    return forwards({m: functools.partial(_forward, m) for m in chosen})
+
+
+def frozen(m: Any) -> bool:
+    """Whether a module is a plain linear that is not trained, and whose forward is its own."""
     if type(m) is not nn.Linear and type(m).__name__ != "Conv1D" or "forward" in vars(m):
         return False
-    return (
-        readable(m.weight) and not any(p.requires_grad for p in m.parameters(False)) and m.weight.dtype == torch.float32
-    )
+    return readable(m.weight) and not any(p.requires_grad for p in m.parameters(recurse=False))
 
 
 def _forward(m: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ ROOM = 1 << 22
 """Logits held at a time: 16 MiB in float32, which allocators hand out again without asking the system."""
 
 
+def at_a_time(vocabulary: int) -> int:
+    """Positions whose logits are held at a time."""
+    return max(1, ROOM // vocabulary)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_n -log softmax(W h_n + b)[target_n] for frozen W, b.
 
@@ -20,7 +25,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
-        step = max(1, ROOM // len(W_VD))
+        step = at_a_time(len(W_VD))
         grad_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         total = h_ND.new_zeros((), dtype=torch.float64)
         for at in range(0, len(h_ND), step):

@@ -26,6 +26,11 @@ def budget(device: torch.device) -> int:
     return BUDGET.get(device.type, BUDGET_ELSEWHERE)
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far two ways of computing the same may differ on a base of this type, relative: what a trial lets pass."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
 @dataclass(frozen=True)
 class Pack:
     """A packed batch (R, W), ready for a forward under `host.packed(pack.layout)` and `apart(host)`."""
@@ -61,12 +66,9 @@ def pack(
         parents: see `inlay.core.layout.lay_out`; raises InlayError for a decoder that cannot be told positions (BLOOM).
         filler: id for virtual and empty columns; which one does not matter.
     """
-    told = takes_positions(host.model)
-    if parents is not None and not told and any(p is not None for p in parents):
+    if parents is not None and not takes_positions(host.model) and any(p is not None for p in parents):
         raise InlayError(f"{type(host.model).__name__} counts positions by columns: continuations cannot be packed")
-    # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
-    width = None if has_interface(host.model) else 0
-    layout = host.lay_out([len(s) for s in ids], parents, width)
+    layout, inputs = laid_out(host, ids, parents, filler)
     scored: list[int] = []
     target: list[int] = []
     for n, own in enumerate(labels):
@@ -78,18 +80,29 @@ def pack(
                 continue
             scored.append(before if t == 0 else at + t - 1)  # type: ignore[arg-type]
             target.append(label)
-    device = host.device
-    tokens = layout.fill(ids, filler).to(device)
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if told:
-        inputs["position_ids"] = layout.position_RW
-    return Pack(
-        inputs,
-        layout,
-        torch.tensor(scored, dtype=torch.long, device=device),
-        torch.tensor(target, dtype=torch.long, device=device),
-        sum(map(len, ids)),
-    )
+    scored_N, target_N = (torch.tensor(t, dtype=torch.long, device=host.device) for t in (scored, target))
+    return Pack(inputs, layout, scored_N, target_N, sum(map(len, ids)))
+
+
+def laid_out(
+    host: Host,
+    ids: Sequence[Sequence[int]],
+    parents: Sequence[int | None] | None = None,
+    filler: int = 0,
+    behind: int = 0,
+) -> tuple[Layout, dict[str, Tensor]]:
+    """(where sequences stand under the host's present plan, what the decoder is called with).
+
+    Args:
+        behind: positions that all sequences come after.
+    """
+    # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
+    layout = host.lay_out([len(s) for s in ids], parents, None if has_interface(host.model) else 0)
+    tokens = layout.fill(ids, filler).to(host.device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if takes_positions(host.model):
+        inputs["position_ids"] = layout.position_RW + behind
+    return layout, inputs
 
 
 def takes_positions(model: Any) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.fingerprint import readable
 from inlay.core.product import slow_default
+from inlay.engine.linear import forwards, frozen
 from inlay.engine.memory import available
 
 
@@ -45,23 +45,18 @@ class Reordered:
             if m not in self._kept or self._kept[m][0] != now:
                 W: Any = m.weight if isinstance(m, nn.Linear) else m.weight.t().contiguous()  # type: ignore[operator, union-attr]
                 self._kept[m] = now, torch.ops.mkldnn._reorder_linear_weight(W.detach())
-            m.forward = functools.partial(_forward, m, self._kept[m][1])  # type: ignore[method-assign]
-        try:
+        with forwards({m: functools.partial(_forward, m, self._kept[m][1]) for m in self._linears}):
             yield
-        finally:
-            for m in self._linears:
-                del m.forward
 
 
 def _reorderable(m: Any) -> bool:
-    if (type(m) is not nn.Linear and type(m).__name__ != "Conv1D") or "forward" in vars(m) or not readable(m.weight):
+    if not frozen(m):
         return False
     dtype = m.weight.dtype
     good = (dtype == torch.float32 and slow_default()) or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    frozen = not any(p.requires_grad for p in m.parameters(recurse=False))
-    return good and frozen and m.weight.device.type == "cpu" and not m.weight.is_inference()
+    return good and m.weight.device.type == "cpu" and not m.weight.is_inference()
 
 
 def _forward(m: Any, W: Tensor, x: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from inlay.api import attach
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.attention import apart, set_attention
-from inlay.engine.example import IGNORED
+from inlay.engine.example import IGNORED, scored
 from inlay.engine.head import hidden, loss_sum
 from inlay.engine.linear import fast_linears
-from inlay.engine.loss import ROOM
-from inlay.engine.pack import Pack, pack
+from inlay.engine.loss import at_a_time
+from inlay.engine.pack import Pack, pack, rounding
 
 SPARED = ("use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Arguments that packing makes needless."""
@@ -186,7 +186,7 @@ class _Forward:
     def _tried(self, ids: list[list[int]], labels: list[list[int]]) -> str:
         """Whether a few short sequences have the same loss both ways; if not, what differs."""
         model = self.host.model
-        some = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if _learned(labels[n])][:3]
+        some = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if scored(labels[n])][:3]
         training = model.training
         model.eval()
         try:
@@ -196,14 +196,17 @@ class _Forward:
                     k: torch.tensor([v], device=self.host.device)
                     for k, v in (("input_ids", ids[n]), ("labels", labels[n]))
                 }
-                want += float(self._plain(**row).loss) * _learned(labels[n])
+                want += float(self._plain(**row).loss) * scored(labels[n])
             got = float(loss_sum(self.host, pack(self.host, [ids[n] for n in some], [labels[n] for n in some])))
         except Exception as e:  # a decoder that nobody has seen may fail anywhere
             return f"{type(e).__name__}: {e}"
         finally:
             model.train(training)
-        near = 1e-4 if self.host.dtype == torch.float32 else 3e-2
-        return "" if abs(got - want) <= near * abs(want) else f"the loss would change from {want:.6g} to {got:.6g}"
+        return (
+            ""
+            if abs(got - want) <= rounding(self.host.dtype) * abs(want)
+            else f"the loss would change from {want:.6g} to {got:.6g}"
+        )
 
     def _packed(self, ids: list[list[int]], labels: list[list[int]], given: dict[str, Any]) -> Any:
         made = pack(self.host, ids, labels)
@@ -216,10 +219,6 @@ class _Forward:
             where = where & (given["position_ids"][:, 1:] != 0)
         told = [t.new_zeros(where.shape).masked_scatter(where, t) for t in _tokens(self.host, made)]
         return TokenOutput(-told[0].sum() / count, *told, where)  # type: ignore[call-arg]
-
-
-def _learned(labels: list[int]) -> int:
-    return sum(label != IGNORED for label in labels[1:])
 
 
 def _sequences(given: dict[str, Any], flat: bool) -> tuple[list[list[int]], list[list[int]]]:
@@ -238,7 +237,7 @@ def _sequences(given: dict[str, Any], flat: bool) -> tuple[list[list[int]], list
 def _tokens(host: Host, made: Pack) -> list[Tensor]:
     """(log-probability, entropy, whether it is the likeliest) of each target (N,); the first has gradients."""
     head: Any = host.model.get_output_embeddings()
-    step = max(1, ROOM // head.out_features)
+    step = at_a_time(head.out_features)
     parts = [
         checkpoint(_scores, head, h, target, use_reentrant=False)
         for h, target in zip(hidden(host, made).split(step), made.target_N.split(step), strict=True)

@@ -148,9 +148,10 @@ def generate_each(
     if len(asked) != len(ids) or any(n < 1 for n in asked):
         raise InlayError(f"{len(asked)} limits for {len(ids)} prompts: give one each, at least 1")
     first = turns(plans)
-    whole = [_limit(host, i, row, worn, settings) for i, (row, worn) in enumerate(zip(ids, plans, strict=True))]
-    most = [min(pair) for pair in zip(asked, whole, strict=True)]
-    rows = [Row(i, *told) for i, told in enumerate(zip(ids, plans, seeds, most, strict=True))]
+    rows = [
+        Row(i, row, worn, seed, _limit(host, i, row, worn, min(n, settings.max_new_tokens)))
+        for i, (row, worn, seed, n) in enumerate(zip(ids, plans, seeds, asked, strict=True))
+    ]
     rows.sort(key=lambda r: (first[r.worn], -len(r.ids), r.index))
     way = _in_slots if rows and settings.beams == 1 and slots.serves(host) else _in_batches
     yield from way(host, tokenizer, rows, settings)
@@ -281,15 +282,15 @@ def _in_batches(host: Host, tokenizer: Any, rows: list[Row], settings: GenerateS
             yield {r.index: one for r, one in zip(batch, made, strict=True)}, time.perf_counter() - start
 
 
-def _limit(host: Host, index: int, ids: Sequence[int], worn: Worn, settings: GenerateSettings) -> int:
+def _limit(host: Host, index: int, ids: Sequence[int], worn: Worn, asked: int) -> int:
     most = context(host)
-    left = settings.max_new_tokens if most is None else most - room(host, worn) - len(ids)
+    left = asked if most is None else most - room(host, worn) - len(ids)
     if left < 1:
         raise InlayError(
             f"prompt {index} has {len(ids)} tokens ({room(host, worn)} virtual ones come on top), but the base's "
             f"context is {most}; shorten the prompt"
         )
-    return min(left, settings.max_new_tokens)
+    return min(left, asked)
 
 
 def _seeds(seed: int, ids: Sequence[Sequence[int]], plans: Sequence[Worn]) -> list[int]:

@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.room import plan_room
 from inlay.core.route import Worn
-from inlay.engine.attention import additive, attending, capped, has_interface, strange
+from inlay.engine.attention import additive, attending, grouped, has_interface, strange
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import twice_biased
+from inlay.engine.pack import rounding, twice_biased
 from inlay.engine.reorder import Reordered
 from inlay.evaluate.batches import Tried, quiet, takes
 
@@ -199,22 +198,11 @@ class Slots(Cache):
         sliding_window: int | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        """q (B, H, T, D), k and v (B, H_kv, columns, D) -> (B, T, H, D). Heads that share keys are read as further
-        queries, so that keys are never repeated."""
+        """q (B, H, T, D), k and v (B, H_kv, columns, D) -> (B, T, H, D)."""
         if name := strange(more):
             raise InlayError(f"attention with {name!r} is not served")
-        B, H, T, _ = query.shape
-        shared = H // key.shape[1]
         near = sliding_window if sliding_window and sliding_window < self._columns else None
-        sees = self.sees(near)
-        if shared > 1:
-            query = query.reshape(B, key.shape[1], shared * T, -1)
-            sees = sees.expand(B, shared, T, -1).reshape(B, 1, shared * T, -1)
-        if softcap is None:
-            out = scaled_dot_product_attention(query, key, value, sees, scale=scaling)
-        else:
-            out = capped(query, key, value, sees, scaling, softcap, 0.0)
-        return out.reshape(B, H, T, -1).transpose(1, 2), None
+        return grouped(query, key, value, self.sees(near), scaling, softcap).transpose(1, 2), None
 
     # ---- columns -----------------------------------------------------------------------------------------------------
     def _reserve(self, columns: int) -> None:
@@ -266,7 +254,7 @@ def _refused(host: Host) -> str:
     except Exception as e:  # a decoder that nobody has seen may fail anywhere
         return f"{type(e).__name__}: {e}"
     off = (torch.cat(got).float() - torch.stack(want).float()).abs().max()
-    near = 1e-4 if host.dtype == torch.float32 else 3e-2
+    near = rounding(host.dtype)
     return "" if off <= near * max(t.abs().max() for t in want) else f"this model's logits would change by {off:.2g}"
 
 

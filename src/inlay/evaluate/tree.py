@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout
 from inlay.core.route import Worn
-from inlay.engine.attention import apart, attending, capped, has_interface, strange
+from inlay.engine.attention import apart, attending, grouped, has_interface, strange
 from inlay.engine.head import hidden, is_whole
 from inlay.engine.linear import fast_linears
-from inlay.engine.loss import ROOM
-from inlay.engine.pack import Pack, budget, takes_positions, twice_biased
+from inlay.engine.loss import at_a_time
+from inlay.engine.pack import Pack, budget, laid_out, rounding, takes_positions, twice_biased
 from inlay.evaluate.batches import SHARED, Tried, beginning, one_plan, quiet, room, turns, window
 
 Said = tuple[float, bool]
@@ -131,16 +131,11 @@ class Scorer:
         sequences = [s for tree in trees for s in tree.sequences]
         parents = [None if p is None else at + p for at, tree in zip(first, trees, strict=False) for p in tree.parents]
         self.host.use(*one_plan([w for w, tree in zip(worn, trees, strict=True) for _ in tree.sequences]))
-        # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
-        layout = self.host.lay_out(list(map(len, sequences)), parents, None if has_interface(self.host.model) else 1)
+        layout, inputs = laid_out(self.host, sequences, parents, behind=behind)
         scored = [layout.index(at + n, t) for at, tree in zip(first, trees, strict=False) for n, t in tree.scored]
-        device = self.host.device
-        ids = layout.fill(sequences, 0).to(device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if takes_positions(self.host.model):
-            inputs["position_ids"] = layout.position_RW + behind
         self._masks, self._layer = [], 0
-        return Pack(inputs, layout, torch.tensor(scored, device=device), ids.new_empty(0), sum(map(len, sequences)))
+        where, nothing = torch.tensor(scored, device=self.host.device), inputs["input_ids"].new_empty(0)
+        return Pack(inputs, layout, where, nothing, sum(map(len, sequences)))
 
     def _score(self, trees: Sequence[Tree], worn: Sequence[Worn]) -> list[list[Said]]:
         pack = self._pack(trees, worn, len(self.shared))
@@ -154,7 +149,7 @@ class Scorer:
         place = torch.tensor([places[i] for i in order])
         target = torch.tensor([targets[i] for i in order], device=h_ND.device)
         head: Any = self.host.model.get_output_embeddings()
-        step = max(1, ROOM // head.out_features)
+        step = at_a_time(head.out_features)
         found: list[tuple[float, bool]] = []
         for begin in range(0, len(h_ND), step):
             part = slice(begin, begin + step)
@@ -207,14 +202,7 @@ class Scorer:
                 self._before[layer].append((k.clone(), v.clone()))
             elif self._of:
                 k, v = (torch.cat((b, t), 2) for b, t in zip(self._before[layer][self._of[n]], (k, v), strict=True))
-            if (shared := query.shape[1] // key.shape[1]) > 1:
-                q = q.reshape(1, key.shape[1], shared * tree.length, -1)
-                sees = sees.repeat(shared, 1)
-            if softcap is None:
-                out = scaled_dot_product_attention(q, k, v, sees, scale=scaling)
-            else:
-                out = capped(q, k, v, sees, scaling, softcap, 0.0)
-            said.append(out.reshape(1, query.shape[1], tree.length, -1))
+            said.append(grouped(q, k, v, sees[None, None], scaling, softcap))
         return torch.cat(said, 2).transpose(1, 2), None
 
     def _sees(self, layout: Layout, device: torch.device) -> list[Tensor]:
@@ -267,7 +255,7 @@ def _refused(host: Host) -> str:
     if twice_biased(host.model) or not takes_positions(host.model):
         return "this decoder's ALiBi counts columns, and would take neighbours for distance"
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    near = 1e-4 if host.dtype == torch.float32 else 3e-2
+    near = rounding(host.dtype)
     heads = [[(5 * i + 1) % vocabulary for i in range(n)] for n in (4, 3)]
     tails = [[[t % vocabulary for t in own] for own in options] for options in BRANCHED]
     try:

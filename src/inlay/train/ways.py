@@ -21,7 +21,7 @@ from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import budget, pack, packs, twice_biased
+from inlay.engine.pack import budget, pack, packs, rounding, twice_biased
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
 
@@ -137,5 +137,5 @@ def _refused(host: Host, name: str, plain: Plain, packed: Packed, examples: Sequ
         return f"{type(e).__name__}: {e}"
     finally:
         host.model.train(training)
-    near = 1e-4 if host.dtype == torch.float32 else 3e-2
-    return "" if abs(got - want) <= near * abs(want) else f"this model's loss would change from {want:.6g} to {got:.6g}"
+    near = rounding(host.dtype) * abs(want)
+    return "" if abs(got - want) <= near else f"this model's loss would change from {want:.6g} to {got:.6g}"
