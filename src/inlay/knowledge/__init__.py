@@ -1,0 +1,1 @@
+"""What a model learns of facts: distances, states, interference, and a report of them."""
