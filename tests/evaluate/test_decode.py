@@ -5,7 +5,7 @@ import torch
 
 from inlay.core.errors import InlayError
 from inlay.evaluate import GenerateSettings, generate
-from inlay.evaluate.decode import pick
+from inlay.evaluate.rows import pick
 from tests.evaluate.tiny import CONFIGS, EOS, PLAN, PROMPTS, host, tokenizer
 
 MODES = {

@@ -122,7 +122,7 @@ class Chat:
         from transformers import TextStreamer
 
         from inlay.evaluate.batches import pad_id
-        from inlay.evaluate.decode import end_ids
+        from inlay.evaluate.rows import end_ids
 
         console = self.out
 
