@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import random
@@ -15,11 +14,13 @@ from inlay.core.errors import InlayError, unknown
 from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
 from inlay.core.route import Worn, read_plan
+from inlay.evaluate.bar import bar
 from inlay.evaluate.batches import context, room
-from inlay.evaluate.decode import GenerateSettings, generate_each
+from inlay.evaluate.decode import generate_each
 from inlay.evaluate.log import Log, adapter_digest, settle
 from inlay.evaluate.options import NORMALISE, Normalise, option_scores_each
 from inlay.evaluate.report import Cell, Report
+from inlay.evaluate.rows import GenerateSettings
 from inlay.tasks import TASKS, Record, Task, encode_answer, encode_prompt, load
 from inlay.tasks import get as get_task
 from inlay.tasks.protocols import Protocol
@@ -143,7 +144,7 @@ def evaluate(
     about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
     settings = settle(folder, about | _made_by(host, benches, wearers, how))
     log = Log(folder)
-    with _bar(progress) as bar:
+    with bar(progress) as shown:
         run = _Run(
             host=host,
             tokenizer=tokenizer,
@@ -155,7 +156,7 @@ def evaluate(
             seed=seed,
             mixed=mixed,
             log=log,
-            bar=bar,
+            bar=shown,
         )
         for bench in benches:
             _answer(run, bench)
@@ -246,15 +247,6 @@ def _made_by(host: Host, benches: list[_Bench], wearers: dict[str, Worn], how: H
         "adapters": {label: adapter_digest(host, worn) for label, worn in wearers.items()},
         "base": fingerprint(host),
     }
-
-
-@contextlib.contextmanager
-def _bar(show: bool) -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show) as bar:
-        yield bar
 
 
 def _answer(run: _Run, bench: _Bench) -> None:
