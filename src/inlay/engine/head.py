@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from inlay.core.fingerprint import readable
 from inlay.core.host import Host
 from inlay.core.route import Route
-from inlay.engine.loss import at_a_time, linear_cross_entropy
+from inlay.engine.loss import at_a_time, linear_cross_entropies, linear_cross_entropy
 from inlay.engine.pack import Pack
+
+Read = Callable[[Tensor, Tensor], Tensor]
+"""A question to logits: (logits (n, V) in float32, targets (n,)) -> (n,), float32."""
 
 
 def hidden(host: Host, pack: Pack) -> Tensor:
@@ -54,11 +58,36 @@ def loss_sum(host: Host, pack: Pack) -> Tensor:
     # A head with an adapter, or one that is quantised: called, and called again in backward.
     total = h.new_zeros((), dtype=torch.float32)
     for part in _parts(host, pack, h):
-        again = torch.is_grad_enabled()
-        total = total + (
-            checkpoint(_slice, host, *part, "sum", use_reentrant=False) if again else _slice(host, *part, "sum")
-        )
+        total = total + _again(_slice, host, *part, "sum")
     return total
+
+
+def losses(host: Host, pack: Pack, read: Read | None = None, through: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(cross entropy, what `read` says) of each scored position (N,), float32.
+
+    Args:
+        through: whether gradients reach what is read; they always reach the cross entropy.
+    """
+    h = hidden(host, pack)
+    head = host.model.get_output_embeddings()
+    parts = list(_parts(host, pack, h))  # at once: the head's calls move the route
+    if _frozen(head):
+        each_N = linear_cross_entropies(h, head.weight, getattr(head, "bias", None), pack.target_N)
+    else:
+        each_N = _joined([_again(_slice, host, *part, "none") for part in parts], h)
+    if read is None:
+        return each_N, None
+    with contextlib.nullcontext() if through else torch.no_grad():
+        return each_N, _joined([_again(_read, host, *part, read) for part in parts], h)
+
+
+def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A function whose insides are computed again in backward, if there is one."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
+
+
+def _joined(parts: list[Tensor], h_ND: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else h_ND.new_zeros(0, dtype=torch.float32)
 
 
 def _parts(host: Host, pack: Pack, h_ND: Tensor) -> Iterator[tuple[Route, Tensor, Tensor]]:
@@ -69,10 +98,19 @@ def _parts(host: Host, pack: Pack, h_ND: Tensor) -> Iterator[tuple[Route, Tensor
 
 
 def _slice(host: Host, now: Route, h_ND: Tensor, target_N: Tensor, reduction: str) -> Tensor:
-    """Cross entropy of some positions. The route goes with it: adapters of the head find their rows, also again."""
+    """Cross entropy of some positions."""
+    return cross_entropy(_logits(host, now, h_ND), target_N, reduction=reduction)
+
+
+def _read(host: Host, now: Route, h_ND: Tensor, target_N: Tensor, read: Read) -> Tensor:
+    """What is read of some positions."""
+    return read(_logits(host, now, h_ND), target_N)
+
+
+def _logits(host: Host, now: Route, h_ND: Tensor) -> Tensor:
+    """What the head says, in float32. The route goes with it: adapters of the head find their rows, also again."""
     host.now = now
-    logits = host.model.get_output_embeddings()(h_ND[:, None])[:, 0]  # type: ignore[operator]
-    return cross_entropy(logits.float(), target_N, reduction=reduction)
+    return host.model.get_output_embeddings()(h_ND[:, None])[:, 0].float()  # type: ignore[operator]
 
 
 def _frozen(head: Any) -> bool:

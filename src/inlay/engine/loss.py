@@ -17,7 +17,7 @@ def at_a_time(vocabulary: int) -> int:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_n -log softmax(W h_n + b)[target_n] for frozen W, b.
+    """-log softmax(W h_n + b)[target_n] per position (N,) for frozen W, b.
 
     The gradient W^T (p - onehot) is made beside the loss, while a slice's logits are there, so that backward computes
     no logits again and nothing but a tensor of h's size is kept.
@@ -27,7 +27,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
         step = at_a_time(len(W_VD))
         grad_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        total = h_ND.new_zeros((), dtype=torch.float64)
+        loss_N = h_ND.new_empty(len(h_ND), dtype=torch.float32)
         for at in range(0, len(h_ND), step):
             part = slice(at, at + step)
             logits = product(h_ND[part], W_VD, b_V).float()
@@ -36,20 +36,25 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits.sub_(logits.amax(-1, keepdim=True))
             right = logits.gather(1, target)
             whole = logits.exp_().sum(-1, keepdim=True)
-            total += (whole.log() - right).sum(dtype=torch.float64)
+            loss_N[part] = (whole.log() - right)[:, 0]
             if grad_ND is not None:
                 p = logits.div_(whole)
                 p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
                 grad_ND[part] = product(p.to(W_VD.dtype), W_VD.t())
         ctx.save_for_backward(grad_ND)
-        return total.float()
+        return loss_N
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad_N: Tensor):  # type: ignore[override]
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), None, None, None
+        return grad_ND * grad_N.to(grad_ND.dtype)[:, None], None, None, None
 
 
 def linear_cross_entropy(h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
     """Summed cross entropy in float32; no gradient reaches W and b."""
+    return linear_cross_entropies(h_ND, W_VD, b_V, target_N).sum(dtype=torch.float64).float()
+
+
+def linear_cross_entropies(h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
+    """Cross entropy of each position (N,), float32; no gradient reaches W and b."""
     return LinearCrossEntropy.apply(h_ND, W_VD, b_V, target_N)  # type: ignore[no-any-return]

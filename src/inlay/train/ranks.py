@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from inlay.core.errors import InlayError
 from inlay.engine.example import Example
+from inlay.engine.head import Read
 from inlay.train.ways import Way
 
 T = TypeVar("T")
@@ -210,6 +211,10 @@ class Shared:
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """As the way's own."""
         return self.way.loss(rows)
+
+    def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
+        """As the way's own."""
+        return self.way.tokens(rows, read, through)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """As the way's own."""

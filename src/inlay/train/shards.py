@@ -19,6 +19,7 @@ from inlay.core.edit import Edit
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.example import Example
+from inlay.engine.head import Read
 from inlay.train.ranks import Team, shares
 from inlay.train.ways import Way
 
@@ -91,11 +92,21 @@ class Sharded:
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """As the way's own; gradients are averaged over the ranks by FSDP, and therefore multiplied here."""
         loss = self.root(lambda: self.way.loss(rows or [self.filler]) * (1.0 if rows else 0.0))
-        if loss.requires_grad:
-            loss.register_hook(lambda grad: grad * self.team.size)
-        else:
-            self.root.reshard()  # a backward would have done it
+        self._averaged(loss)
         return loss
+
+    def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
+        """As the way's own; a forward for the others' sake gives one token of no loss."""
+        loss, said = self.root(lambda: self.way.tokens(rows or [self.filler], read, through))
+        self._averaged(loss, said)
+        return (loss, said) if rows else (loss.sum()[None] * 0.0, said)
+
+    def _averaged(self, *made: Tensor | None) -> None:
+        found = [t for t in made if t is not None and t.requires_grad]
+        for t in found:
+            t.register_hook(lambda grad: grad * self.team.size)
+        if not found:
+            self.root.reshard()  # a backward would have done it
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """As the way's own."""

@@ -20,8 +20,9 @@ from inlay.engine import head
 from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example
+from inlay.engine.head import Read
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import budget, pack, packs, rounding, twice_biased
+from inlay.engine.pack import Pack, budget, pack, packs, rounding, twice_biased
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
 
@@ -35,6 +36,13 @@ class Way(Protocol):
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """Cross entropy of a group, summed over its learned tokens, in fp32."""
 
+    def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
+        """(cross entropy, what is read) of each learned token (N,), in the order of rows and tokens, in fp32.
+
+        Args:
+            through: whether gradients reach what is read, too.
+        """
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Around every forward and backward."""
 
@@ -44,10 +52,15 @@ class Way(Protocol):
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of a padded batch, summed over its learned tokens, in fp32."""
+    return F.cross_entropy(*_learned(model, batch), reduction="sum")
+
+
+def _learned(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(logits (N, V) in fp32, targets (N,)) of the learned tokens."""
     out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     target = batch.labels[:, 1:]
     keep = target != IGNORED
-    return F.cross_entropy(out.logits[:, :-1][keep].float(), target[keep], reduction="sum")
+    return out.logits[:, :-1][keep].float(), target[keep]
 
 
 class Plain:
@@ -64,6 +77,12 @@ class Plain:
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """One padded forward."""
         return loss_sum(self.host.model, collate(rows, self.pad, self.host.device))
+
+    def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
+        """One padded forward."""
+        logits, target = _learned(self.host.model, collate(rows, self.pad, self.host.device))
+        loss = F.cross_entropy(logits, target, reduction="none")
+        return loss, None if read is None else read(logits if through else logits.detach(), target)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Nothing to prepare."""
@@ -87,9 +106,19 @@ class Packed:
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """One packed forward."""
+        with self._packed(rows) as made:
+            return head.loss_sum(self.host, made)
+
+    def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
+        """One packed forward."""
+        with self._packed(rows) as made:
+            return head.losses(self.host, made, read, through)
+
+    @contextlib.contextmanager
+    def _packed(self, rows: Sequence[Example]) -> Iterator[Pack]:
         made = pack(self.host, [r.input_ids for r in rows], [r.labels for r in rows], filler=self.pad)
         with self.cache.serving(rows, made.layout) if self.cache else contextlib.nullcontext():
-            return head.loss_sum(self.host, made)
+            yield made
 
     def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
         """Raises InlayError where nothing can be cached."""
