@@ -89,7 +89,7 @@ def unit(z_ND) -> np.ndarray:
 def free(answer_ND, target_ND, answers: Sequence[str], targets: Sequence[str]) -> Recompute:
     """`Recompute` for a space whose features do not depend on the prompt (the embedding space)."""
     cosine = np.clip(unit(target_ND) @ unit(answer_ND).T, -1, 1)
-    empty = ~np.asarray(answer_ND).any(1)
+    empty: np.ndarray = np.logical_not(np.asarray(answer_ND).any(1))
     said, right = np.asarray(answers, dtype=object), np.asarray(targets, dtype=object)
 
     def recompute(receiving: np.ndarray, giving: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
