@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = ("demo", "plan", "train", "eval", "score", "convert", "merge", "chat", "inspect")
+NAMES = ("demo", "plan", "train", "eval", "score", "convert", "merge", "chat", "serve", "inspect")
 """The verbs, in the order of a first visit. `inlay.cli.<name>_` holds each as `VERB`."""
 
 

@@ -1,0 +1,36 @@
+"""What goes wrong with a request, and the HTTP status that says so."""
+
+from __future__ import annotations
+
+from inlay.core.errors import InlayError
+
+
+class Refused(InlayError):
+    """A request that is not served, as OpenAI's clients read it.
+
+    Args:
+        status: of HTTP.
+        code: a word for programs.
+        param: the field of the request that is at fault.
+        again: whether the same request may succeed later; otherwise clients are told not to retry.
+    """
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    @property
+    def again(self) -> bool:
+        """Whether trying again makes sense."""
+        return self.status in (429, 503) and self.code != "adapter_broken"
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        by_status = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+        by_status[429] = "rate_limit_error"
+        return by_status.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, object]:
+        """OpenAI's JSON."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
