@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["Merged", "attach", "host_of", "load", "merge", "merged", "save"]
 
 
-def attach(model: nn.Module, *, strategy: str = "gather", fast: bool = False) -> Host:
+def attach(model: nn.Module, *, strategy: str = "auto", fast: bool = False) -> Host:
     """Let a causal language model wear adapters. It is frozen, and otherwise left as it is until `Host.detach()`.
 
     Args:
         model: any Hugging Face decoder (see `inlay.models.families`).
-        strategy: `gather`, `select` or `stack` (see `inlay.core.route`).
+        strategy: `auto`, `segments`, `select` or `stack` (see `inlay.core.route`).
         fast: compute adapters in the base's dtype.
     """
     return Host(model, anatomy(model), strategy, fast)

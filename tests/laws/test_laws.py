@@ -34,7 +34,7 @@ def test_a_fresh_adapter_changes_nothing_and_detaching_leaves_no_trace(family):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("strategy", ["gather", "select", "stack"])
+@pytest.mark.parametrize("strategy", ["auto", "segments", "select", "stack"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(family, strategy):
     dtype = torch.float32 if family == "bloom" else torch.float64  # BLOOM in float64 turns padding into NaN by itself
@@ -49,7 +49,7 @@ def test_each_row_of_a_mixed_batch_equals_its_adapter_alone(family, strategy):
         alone = logits(host, name, **inputs)[i]
         torch.testing.assert_close(mixed[i][used[i]], alone[used[i]], rtol=0, atol=tolerance, msg=str(name))
         assert name is None or (mixed[i] - bare[i])[used[i]].abs().max() > 1e-4, name
-    host.strategy = "gather"
+    host.strategy = "auto"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_select_is_bit_identical_to_alone(family):
     names = [n for n in methods(family) if n not in VIRTUAL]
     inputs = batch(len(names))
     mixed = logits(host, *names, **inputs)
-    host.strategy = "gather"
+    host.strategy = "auto"
     for i, name in enumerate(names):
         assert torch.equal(mixed[i], logits(host, name, **inputs)[i]), name
 

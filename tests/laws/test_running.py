@@ -12,7 +12,7 @@ from tests.laws.zoo import FAMILIES, base, batch, dressed, excite, logits, metho
 PLAIN = [m for m in inlay.METHODS if m not in ("prefix", "prompt", "ptuning")]
 
 
-@pytest.mark.parametrize("strategy", ["gather", "select", "stack"])
+@pytest.mark.parametrize("strategy", ["auto", "segments", "select", "stack"])
 @pytest.mark.parametrize("family", ["llama", "gptj", "bloom", "gpt2"])
 def test_compiled_is_one_graph_and_a_new_plan_over_the_same_adapters_reuses_it(family, strategy):
     from torch._dynamo.testing import CompileCounterWithBackend

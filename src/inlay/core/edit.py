@@ -34,12 +34,18 @@ class Call:
     """Further inputs per row, given to `Host.use(..., side=...)`."""
 
     def position_BT(self, tokens: int) -> Tensor:
-        """Place of each token relative to the adapter's first reserved column; negative on left padding."""
+        """Place of each token relative to the adapter's first reserved column, or to the row's own first token if the
+        adapter reserves none; negative on left padding."""
         if self.first_B is None:
             raise RuntimeError("this edit reads positions: set `positional = True` on its class")
         return torch.arange(self.seen, self.seen + tokens, device=self.first_B.device) - self.first_B[:, None]
 
-    def take(self, rows: Tensor) -> Call:
+    @property
+    def prompt_B(self) -> Tensor:
+        """Tokens of each row's prompt; 0 if it was read before this step. For positional edits that reserve nothing."""
+        return self.side["prompt"]
+
+    def take(self, rows: Tensor | slice) -> Call:
         """The same call as seen by a subset of the rows."""
         return replace(
             self,
@@ -64,7 +70,7 @@ class Edit:
     wirings: ClassVar[tuple[str, ...]] = ()
     """The wirings the method knows (`input`, `output`, `parallel`), if it has a choice."""
     positional: ClassVar[bool] = False
-    """True if `call.position_BT` is used."""
+    """True if `call.position_BT` or `call.prompt_B` is used."""
     everywhere: ClassVar[bool] = False
     """True if the method makes sense only when it hangs in every layer."""
     coarse: ClassVar[tuple[str, ...] | None] = None
@@ -78,6 +84,11 @@ class Edit:
     def room(self) -> int:
         """Columns that each row reserves on its left for virtual tokens."""
         return 0
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the host must say where prompts end."""
+        return self.positional and not self.room
 
     def tokenised(self, tokenizer: Any) -> Edit:
         """The same edit, settings given as text turned into ids; whoever has a tokenizer calls it before `add`."""
@@ -103,6 +114,19 @@ class Edit:
         """The tensors in the type of a forward: in 16 bits, the coarse ones only."""
         whole = dtype.itemsize > 2 or self.coarse is None
         return {k: v.to(dtype) if v.is_floating_point() and (whole or k in self.coarse) else v for k, v in w.items()}  # type: ignore[operator]
+
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        """The same edit where nothing is trained or dropped: whatever can be computed beforehand, is. Methods that
+        come to the same formula share one edit, so that they share a stack."""
+        return self, w
+
+    def stacks(self, place: Place) -> bool:
+        """Whether `before` and `after` also take tensors of a row each, matrices (B, p, q) and vectors (B, 1, p)."""
+        return False
+
+    def idle(self, call: Call, tokens: int) -> bool:
+        """Whether this step of so many tokens passes unchanged, whatever the tensors hold."""
+        return False
 
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
         """A term that the training loop adds to the loss, from the tensors of all places (place key -> tensors)."""

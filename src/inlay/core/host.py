@@ -18,10 +18,15 @@ from torch import Tensor, nn
 from inlay.core import replay, room
 from inlay.core.edit import Edit, Weights
 from inlay.core.errors import InlayError, unknown
+from inlay.core.fold import Folded, Stacks, fold
 from inlay.core.layout import Layout, lay_out
-from inlay.core.place import Anatomy, locate
-from inlay.core.route import STRATEGIES, Route, Worn, read_plan, route, route_packed, spread
+from inlay.core.place import Anatomy, Place, Spot, locate
+from inlay.core.ready import Folds, Ready
+from inlay.core.route import STRATEGIES, Route, Worn, read_plan, route_packed, spread
 from inlay.core.site import Site, Wear
+
+STACK_BYTES = 1 << 30
+"""Memory that stacks of adapters may take; a plan that needs more is sent in segments."""
 
 
 class Host:
@@ -37,7 +42,7 @@ class Host:
             bases, a few more roundings. Adapters are stored in float32 either way.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, strategy: str = "gather", fast: bool = False):
+    def __init__(self, model: Any, anatomy: Anatomy, strategy: str = "auto", fast: bool = False):
         if strategy not in STRATEGIES:
             raise unknown("strategy", strategy, STRATEGIES)
         if isinstance(getattr(model, "_inlay_host", None), Host):
@@ -52,6 +57,12 @@ class Host:
         self.edits: dict[str, Edit] = {}
         self.sites: dict[str, Site] = {}
         self.common: dict[str, Wear] = {}
+        self.shelf: dict[str, Folded] = {}
+        self.stacks = Stacks(STACK_BYTES)
+        self.folds = Folds()
+        self._steady = 0
+        self._order: dict[str, int] | None = None
+        self._known_cuts: dict[tuple, tuple[list[Place], dict[str, torch.Size]]] = {}
         self.now = Route()
         self.plan: tuple[Worn, ...] = ((),)
         self.side: dict[str, Tensor] = {}
@@ -59,8 +70,9 @@ class Host:
         self._depth = 0
         self._wide = 0
         self._layout: Layout | None = None
+        self._prompt_B: Tensor | None = None
         self._decoder_only = False
-        self._ready: tuple[Route, room.Room | None] | None = None
+        self._ready: Ready | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._checkpointed = replay.checkpointed(model)
@@ -78,6 +90,18 @@ class Host:
     def dtype(self) -> torch.dtype:
         """The base's floating-point type."""
         return getattr(self.model, "dtype", torch.float32)
+
+    @property
+    def folded_dtype(self) -> torch.dtype:
+        """The type of folded adapters: float32, or float64 on a float64 base."""
+        return torch.promote_types(torch.float32, self.dtype)
+
+    @property
+    def order(self) -> Mapping[str, int]:
+        """Adapter -> its turn on a row that wears several."""
+        if self._order is None:
+            self._order = {n: i for i, n in enumerate(self.edits)}
+        return self._order
 
     # ---- hanging adapters --------------------------------------------------------------------------------------------
     def add(
@@ -97,37 +121,18 @@ class Host:
             seed: makes the start reproducible whatever was drawn before.
             dtype: of the trained tensors.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise InlayError(f"{name!r} cannot name an adapter: use letters, digits, '_' and '-'")
-        if name in self.edits:
-            raise InlayError(
-                f"this model already wears {name!r}; remove() it first, or choose another name ({sorted(self.edits)})"
-            )
-        spots = locate(self.model, self.anatomy, edit.at if at is None else at)
-        for spot, wiring in spots.values():
-            if wiring and wiring not in edit.wirings:
-                knows = f"it knows {', '.join(edit.wirings)}" if edit.wirings else "it has only one"
-                raise InlayError(f"{edit.kind} cannot be wired {wiring!r} at {spot.key!r}; {knows}")
-        if edit.everywhere:
-            for role in {spot.role for spot, _ in spots.values()}:
-                if sum(spot.role == role for spot, _ in spots.values()) < self.anatomy.layers:
-                    raise InlayError(
-                        f"{edit.kind} must hang in every layer, and this placement leaves some {role!r} out"
-                    )
+        self._free(name)
+        spots = self._spots(edit, at)
         fresh = [k for k in spots if k not in self.sites]
         try:
-            places = []
-            for key, (spot, wiring) in spots.items():
-                if key not in self.sites:
-                    self.sites[key] = Site(self, spot, self.model.get_submodule(spot.path))
-                places.append(replace(self.sites[key].place, wiring=wiring))
+            places = self._places(spots)
             common, made = self._start(edit, places, seed, dtype)
         except BaseException:
             for key in fresh:
                 if key in self.sites:
                     self._empty(key)
             raise
-        self.edits[name] = edit
+        self._enter(name, edit)
         if common:
             self.common[name] = Wear(common)
             self.model.add_module(f"inlay_{name}", self.common[name])
@@ -139,13 +144,47 @@ class Host:
             elif not self.sites[place.key].wear:
                 self._empty(place.key)
         if not any(name in s.places for s in self.sites.values()):
-            self.edits.pop(name)
+            self._leave(name)
             some = ", ".join(list(spots)[:4])
             raise InlayError(
                 f"{edit.kind} has nothing to train at {some}{' ...' if len(spots) > 4 else ''}; see its settings"
             )
-        self._ready = None
         return self
+
+    def _free(self, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InlayError(f"{name!r} cannot name an adapter: use letters, digits, '_' and '-'")
+        if name in self.edits:
+            some = ", ".join(sorted(self.edits)[:8])
+            raise InlayError(f"this model already wears {name!r}; remove() it first, or choose another name ({some})")
+
+    def _enter(self, name: str, edit: Edit) -> None:
+        self.edits[name] = edit
+        self._order = self._ready = None
+
+    def _leave(self, name: str) -> None:
+        del self.edits[name]
+        self._order = self._ready = None
+
+    def _spots(self, edit: Edit, at: str | Iterable[str] | None) -> dict[str, tuple[Spot, str]]:
+        spots = locate(self.model, self.anatomy, edit.at if at is None else at)
+        for spot, wiring in spots.values():
+            if wiring and wiring not in edit.wirings:
+                knows = f"it knows {', '.join(edit.wirings)}" if edit.wirings else "it has only one"
+                raise InlayError(f"{edit.kind} cannot be wired {wiring!r} at {spot.key!r}; {knows}")
+        if edit.everywhere:
+            for role in {spot.role for spot, _ in spots.values()}:
+                if sum(spot.role == role for spot, _ in spots.values()) < self.anatomy.layers:
+                    raise InlayError(
+                        f"{edit.kind} must hang in every layer, and this placement leaves some {role!r} out"
+                    )
+        return spots
+
+    def _places(self, spots: Mapping[str, tuple[Spot, str]]) -> list[Place]:
+        for key, (spot, _) in spots.items():
+            if key not in self.sites:
+                self.sites[key] = Site(self, spot, self.model.get_submodule(spot.path))
+        return [self.sites[key].wired(wiring) for key, (_, wiring) in spots.items()]
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         # Drawn on the CPU, so that a seed means the same on every device; on meta only shapes are wanted.
@@ -173,16 +212,47 @@ class Host:
         site.places["none"] = site.place
         site.drop("none")
 
+    def shelve(self, name: str, edit: Edit, at: str | Iterable[str] | None, tensors: Mapping[str, Tensor]) -> Host:
+        """Keep an adapter that will be worn and neither trained nor read: folded into one vector, nothing of it in the
+        model. It costs the same however many there are, and a plan names it like any other.
+
+        Args:
+            at: a placement; the method's own by default.
+            tensors: by the names that `tensors` of a hung one gives; one missing, left over or of another shape is an
+                error.
+        """
+        self._free(name)
+        at = at if at is None or isinstance(at, str) else tuple(at)
+        if (edit, at) not in self._known_cuts:
+            places = self._places(self._spots(edit, at))
+            common, made = self._start(edit, places, 0, torch.float32)
+            shapes = {_key(p, k): t.shape for p, w in {**made, "shared": common}.items() for k, t in w.items()}
+            self._known_cuts[edit, at] = [p for p in places if made[p.key] or common], shapes
+        places, shapes = self._known_cuts[edit, at]
+        _same(name, shapes, tensors)
+        by_place: dict[str, dict[str, Tensor]] = {p.key: {} for p in places}
+        for key, t in tensors.items():
+            place, _, k = key.rpartition("/")
+            for w in by_place.values() if place == "shared" else (by_place[place],):
+                w[k] = t.to(self.device)
+        if any(k.startswith("shared/") for k in tensors):  # one object everywhere, whatever the device
+            one = {k: t for k, t in next(iter(by_place.values())).items() if f"shared/{k}" in tensors}
+            by_place = {p: {**w, **one} for p, w in by_place.items()}
+        self.shelf[name] = fold(edit, places, by_place, self.folded_dtype)
+        self._enter(name, edit)
+        return self
+
     def remove(self, name: str) -> Host:
         """Take an adapter off; rows that wore it go bare."""
         self._known(name)
+        self.shelf.pop(name, None)
         for key in [k for k, s in self.sites.items() if name in s.places]:
             if self.sites[key].drop(name):
                 del self.sites[key]
         if name in self.common:
             del self.common[name]
             delattr(self.model, f"inlay_{name}")
-        del self.edits[name]
+        self._leave(name)
         self._choose(tuple(tuple(n for n in names if n != name) for names in self.plan), self.side)
         return self
 
@@ -190,6 +260,8 @@ class Host:
         """Take everything off and leave the model as it was found."""
         for name in list(self.edits):
             self.remove(name)
+        for key in list(self.sites):  # of adapters that were only shelved
+            self._empty(key)
         for hook in self._hooks:
             hook.remove()
         replay.unwrap(self._checkpointed)
@@ -215,7 +287,9 @@ class Host:
     def _choose(self, plan: tuple[Worn, ...], side: dict[str, Tensor]) -> None:
         # Routed here and not in the forward, so that a compiled graph meets tensors and never a plan.
         self.plan, self.side, self.now, self._bare = plan, side, Route(), not any(plan)
-        self._ready = None if self._bare else self._routed(len(plan))
+        if not self._steady:
+            self.folds.forget()
+        self._ready = None if self._bare else Ready(self, len(plan))
 
     @contextlib.contextmanager
     def using(self, *plan: str | tuple[str, ...] | None, side: Mapping[str, Tensor] | None = None) -> Iterator[Host]:
@@ -225,6 +299,15 @@ class Host:
             yield self.use(*plan, side=side)
         finally:
             self._choose(tuple(tuple(n for n in names if n in self.edits) for names in before[0]), before[1])
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[Host]:
+        """In this block nobody changes adapters' tensors through `Tensor.data`: what `use` prepares is kept."""
+        self._steady += 1
+        try:
+            yield self
+        finally:
+            self._steady -= 1
 
     @contextlib.contextmanager
     def packed(self, layout: Layout) -> Iterator[Host]:
@@ -239,6 +322,19 @@ class Host:
             self._layout = None
 
     @contextlib.contextmanager
+    def prompts(self, tokens_B: Sequence[int] | Tensor) -> Iterator[Host]:
+        """In this block, so many tokens of each row are its prompt, for edits that ask where it ends.
+
+        Without it a prompt ends before the first label, or where the first forward of a KV cache ends. So tell it when
+        generating without a cache, or when scoring answers without labels. Packed forwards know it from their layout.
+        """
+        before, self._prompt_B = self._prompt_B, torch.as_tensor(tokens_B, device=self.device)
+        try:
+            yield self
+        finally:
+            self._prompt_B = before
+
+    @contextlib.contextmanager
     def decoder_only(self) -> Iterator[Host]:
         """In this block a forward begins where the model calls its decoder (`base_model`), not at the model's own top:
         whatever stands there may first take the batch apart."""
@@ -249,19 +345,28 @@ class Host:
             self._decoder_only = False
 
     def lay_out(
-        self, lengths: Sequence[int], parents: Sequence[int | None] | None = None, width: int | None = None
+        self,
+        lengths: Sequence[int],
+        parents: Sequence[int | None] | None = None,
+        width: int | None = None,
+        prompts: Sequence[int | None] | None = None,
     ) -> Layout:
         """Where sequences under the present plan stand in a packed batch (see `inlay.core.layout.lay_out`)."""
-        return lay_out(lengths, spread(self.plan, len(lengths)), self.edits, parents, width).to(self.device)
+        return lay_out(lengths, spread(self.plan, len(lengths)), self.edits, parents, width, prompts).to(self.device)
 
     def _known(self, name: str) -> None:
         if name not in self.edits:
             raise unknown("adapter", name, self.edits, "Hang it first with add() or load().")
 
+    def _hung(self, name: str) -> None:
+        self._known(name)
+        if name in self.shelf:
+            raise InlayError(f"{name!r} is shelved: folded for serving. Load it onto the model to read or train it")
+
     # ---- an adapter as plain data ------------------------------------------------------------------------------------
     def tensors(self, name: str) -> dict[str, Tensor]:
         """An adapter's tensors, `3.q/A` for place 3.q and `shared/...` for what its places share."""
-        self._known(name)
+        self._hung(name)
         shared = self.common[name].tensors() if name in self.common else {}
         own = {
             f"{key}/{k}": v
@@ -273,17 +378,18 @@ class Host:
 
     def by_place(self, name: str) -> dict[str, Weights]:
         """Place key -> the tensors its edit sees there."""
-        self._known(name)
+        self._hung(name)
         return {key: s.tensors(name) for key, s in self.sites.items() if name in s.places}
 
     def placement(self, name: str) -> list[str]:
         """Where an adapter hangs, in the placement language: `3.down:parallel`, or `3.q` where there is one wiring."""
-        self._known(name)
+        self._hung(name)
         return [f"{key}:{s.places[name].wiring}".rstrip(":") for key, s in self.sites.items() if name in s.places]
 
     def parameters(self, *names: str) -> list[nn.Parameter]:
         """What is trained of these adapters (of all, if none is named)."""
-        found = {id(t): t for n in names or self.edits for t in self.tensors(n).values() if isinstance(t, nn.Parameter)}
+        every = names or [n for n in self.edits if n not in self.shelf]
+        found = {id(t): t for n in every for t in self.tensors(n).values() if isinstance(t, nn.Parameter)}
         return list(found.values())
 
     def count(self, name: str) -> int:
@@ -294,25 +400,15 @@ class Host:
     def fill(self, name: str, values: Mapping[str, Tensor]) -> Host:
         """Set an adapter's tensors; one missing, left over or of another shape is an error and changes nothing."""
         mine = self.tensors(name)
-        problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [
-            f"unexpected {k}" for k in values.keys() - mine.keys()
-        ]
-        problems += [
-            f"{k} is {tuple(values[k].shape)}, wanted {tuple(mine[k].shape)}"
-            for k in mine.keys() & values.keys()
-            if values[k].shape != mine[k].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise InlayError(f"these tensors are not those of {name!r}: {'; '.join(sorted(problems)[:4])}{more}")
+        _same(name, {k: t.shape for k, t in mine.items()}, values)
         for k, p in mine.items():
             p.copy_(values[k])
         return self
 
     # ---- one forward -------------------------------------------------------------------------------------------------
-    def precision(self, y: Tensor, names: Iterable[str]) -> torch.dtype:
-        """The type in which these adapters' edits of y are computed; their result is rounded once, to y's type."""
-        coarse = self.fast and all(self.edits[n].coarse is not None for n in names)
+    def precision(self, y: Tensor, edits: Iterable[Edit]) -> torch.dtype:
+        """The type in which these edits of y are computed; their result is rounded once, to y's type."""
+        coarse = self.fast and all(e.coarse is not None for e in edits)
         return y.dtype if coarse or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict):
@@ -335,9 +431,9 @@ class Host:
         if self._checkpointed and torch.is_grad_enabled():
             replay.wrap(self, self._checkpointed)
         batch = ids.shape[0]
-        if self._ready is None or self._ready[0].batch != batch:  # beam search repeats the rows of the plan
-            self._ready = self._routed(batch)
-        base, space = self._ready
+        if self._ready is None or self._ready.batch != batch:  # beam search repeats the rows of the plan
+            self._ready = Ready(self, batch)
+        base, space = self._ready.route(self, ids.shape[1], model.training), self._ready.room
         side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.side.items()}
         self.now = replace(base, training=model.training, side=side)
         _same_room(past, space.wide if space else 0)
@@ -347,31 +443,36 @@ class Host:
         if (place_B := getattr(past, "place_B", None)) is not None:
             # A cache of slots: each row is at a place of its own, and its virtual tokens were given among the ids.
             first = {n: seen - place_B + offset for n, offset in space.offset.items()}
-            self.now = replace(self.now, seen=seen, first=first)
+            fed_B = torch.where(place_B > 0, 0, place_B + ids.shape[1] - space.need_B)
+            self.now = replace(self.now, seen=seen, first=first, side=side | self._prompt(space, fed_B))
             return None
-        if seen and not hasattr(past, "_inlay_wide"):
+        if seen and space.wide and not hasattr(past, "_inlay_wide"):
             raise InlayError("this KV cache was made without virtual tokens; start from an empty cache after use()")
-        kwargs, first_B = room.widen(model, args, kwargs, space, seen)
+        kwargs, first_B, prompt_B = room.widen(model, args, kwargs, space, seen)
         first = {n: first_B + offset for n, offset in space.offset.items()}
-        self.now = replace(self.now, seen=seen, first=first)
+        self.now = replace(self.now, seen=seen, first=first, side=side | self._prompt(space, prompt_B))
         self._wide = 0 if seen else space.wide
         if past is not None and not seen:
             past._inlay_wide = space.wide
         return (), kwargs
 
+    def _prompt(self, space: room.Room, found_B: Tensor) -> dict[str, Tensor]:
+        """Where prompts end, for those who ask: as told, or as found in the forward's arguments."""
+        if not space.prompted:
+            return {}
+        told = self._prompt_B
+        return {"prompt": found_B if told is None else told.repeat_interleave(len(found_B) // len(told))}
+
     def _routed_packed(self, layout: Layout, training: bool) -> Route:
         if self._checkpointed and torch.is_grad_enabled():
             replay.wrap(self, self._checkpointed)
         with torch.inference_mode(False):
-            made = route_packed(self.plan, list(self.edits), layout)
+            made = route_packed(self.plan, self.order, layout)
             owner = layout.owner_RW.flatten().clamp(min=0)
             side = {k: v[owner // (len(layout.length_N) // len(v))] for k, v in self.side.items()}
+            if any(self.edits[n].prompted for names in self.plan for n in names):
+                side["prompt"] = torch.tensor(layout.prompt_N, device=owner.device)[owner]
         return replace(made, training=training, side=side)
-
-    def _routed(self, batch: int) -> tuple[Route, room.Room | None]:
-        with torch.inference_mode(False):  # a plan made while evaluating may be trained under later
-            made = route(self.plan, list(self.edits), batch, self.device)
-            return made, room.plan_room(spread(self.plan, batch), self.edits, self.device)
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, out):
         if self._decoder_only and model is self.model:
@@ -384,6 +485,25 @@ class Host:
             cache._inlay_wide = wide
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         return room.strip(out, ids.shape[1] - wide, wide)
+
+
+def _key(place: str, name: str) -> str:
+    return f"{place}/{name}"
+
+
+def _same(name: str, mine: Mapping[str, torch.Size], values: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not exactly an adapter's."""
+    problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [
+        f"unexpected {k}" for k in values.keys() - mine.keys()
+    ]
+    problems += [
+        f"{k} is {tuple(values[k].shape)}, wanted {tuple(mine[k])}"
+        for k in mine.keys() & values.keys()
+        if values[k].shape != mine[k]
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise InlayError(f"these tensors are not those of {name!r}: {'; '.join(sorted(problems)[:4])}{more}")
 
 
 def _same_room(past: Any, wide: int) -> None:

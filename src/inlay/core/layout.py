@@ -51,6 +51,8 @@ class Layout:
     """positional adapter -> minus the token's place behind the adapter's first virtual token (R W,)."""
     families: tuple[Family, ...]
     """In reading order."""
+    prompt_N: tuple[int, ...] = ()
+    """Tokens of each sequence's prompt, counted from the beginning of what it continues."""
 
     def to(self, device: torch.device) -> Layout:
         """The same with its tensors elsewhere."""
@@ -101,6 +103,7 @@ def lay_out(
     edits: Mapping[str, Edit],
     parents: Sequence[int | None] | None = None,
     width: int | None = None,
+    prompts: Sequence[int | None] | None = None,
 ) -> Layout:
     """Place sequences in rows.
 
@@ -109,6 +112,7 @@ def lay_out(
         worn: what each wears. Virtual tokens stand before sequences without a parent.
         parents: the sequence that each one continues, which must stand before it in this list; it wears the same.
         width: columns of a row, at least those of the largest family (0: no more than those); None: one row.
+        prompts: tokens of the prompt of each sequence that continues none; None: all of them.
     """
     parents = list(parents) if parents is not None else [None] * len(lengths)
     cpu = torch.device("cpu")
@@ -146,7 +150,18 @@ def lay_out(
     flat, at, roots = owner.flatten(), place.flatten(), torch.tensor(root)
     offsets = {} if space is None else space.offset
     first = {n: torch.where(flat < 0, 1, o[roots[flat]] - at) for n, o in offsets.items()}
-    return Layout((len(rows), W), tuple(row_of), tuple(start), tuple(lengths), position, owner, first, tuple(families))
+    ends = [lengths[r] if prompts is None or (p := prompts[r]) is None else p for r in root]
+    return Layout(
+        (len(rows), W),
+        tuple(row_of),
+        tuple(start),
+        tuple(lengths),
+        position,
+        owner,
+        first,
+        tuple(families),
+        tuple(ends),
+    )
 
 
 def _trees(

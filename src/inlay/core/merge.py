@@ -1,13 +1,14 @@
 """From activations to weights: an edited layer is fed the identity, and the weight it amounts to is read off.
 
 Whether an edit is linear is measured, not declared. What is not, or has no weight to live in, is refused with the
-reason. Everything is computed in float32 from the frozen weight and rounded once to the base's type, so that each
-merged weight is within half a unit in the last place of the exact one.
+reason. Everything is computed in float64 from the frozen weight and rounded once to the base's type, so that each
+merged weight is the exact one, correctly rounded. What the frozen layer says of the identity is its weight and is not
+computed, so a method that edits outputs costs what its formula costs: RoAd, a few element-wise operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,24 +45,42 @@ class Merged:
             p.data.copy_(old)
 
 
+AT_ONCE = 1024
+"""Columns of the identity that are fed together."""
+
+
 @torch.no_grad()
 def merged(host: Host, name: str) -> dict[str, Tensor]:
-    """{parameter name: new value in float32} that the adapter amounts to; the model is not touched."""
+    """{parameter name: new value in float32, or in a wider base's type} that the adapter amounts to; the model is not
+    touched."""
+    dtype = torch.promote_types(torch.float32, host.dtype)
+    return {key: value.to(dtype) for key, value in _merged(host, name)}
+
+
+def _merged(host: Host, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The same, layer by layer, unrounded."""
     host._known(name)
     edit = host.edits[name]
     if edit.room:
         raise InlayError(
             f"{name!r} ({edit.kind}) adds virtual tokens: there is no weight to merge it into; keep it as an adapter"
         )
+    if edit.positional:
+        raise InlayError(
+            f"{name!r} ({edit.kind}) edits single positions, and a weight serves all of them; keep it as an adapter"
+        )
     layers: dict[str, list[Site]] = {}
     for site in host.sites.values():
         if name in site.places:
             layers.setdefault(site.spot.path, []).append(site)
-    new: dict[str, Tensor] = {}
     for path, sites in layers.items():
         read = _norm if sites[0].spot.role == "norm" else _table if sites[0].spot.role == "embed" else _linear
-        new |= {f"{path}.{k}": v for k, v in read(host, name, path, sites).items()}
-    return new
+        yield from ((f"{path}.{k}", v) for k, v in read(host, name, path, sites).items())
+
+
+def _exact(host: Host) -> torch.dtype:
+    """The type that is computed in; Apple's GPUs have no float64."""
+    return torch.float32 if host.device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
@@ -71,14 +90,18 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     Args:
         keep: hold copies of the changed weights, so that `undo` can put them back.
     """
-    new = merged(host, name)
     parameters = dict(host.model.named_parameters(remove_duplicate=False))
-    for key in new:
+    new: dict[str, Tensor] = {}
+    rounding = 0.0
+    for key, value in _merged(host, name):
         p = parameters.get(key)
         if p is None or not readable(p):
             raise InlayError(
                 f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives float weights)"
             )
+        new[key] = _once(value, p.dtype)
+        off = (new[key].to(value.dtype) - value).abs().max() / value.abs().max().clamp(min=1e-12)
+        rounding = max(rounding, off.item())
     vocabulary = host.model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(host.device)
     with host.using(name):
@@ -86,16 +109,24 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     untied = _untie(host, new)
     parameters = dict(host.model.named_parameters(remove_duplicate=False))
     kept = {parameters[k]: parameters[k].detach().clone() for k in new} if keep else {}
-    rounding = 0.0
     for key, value in new.items():
-        p = parameters[key]
-        p.data.copy_(value)
-        rounding = max(rounding, ((p.data.float() - value).abs().max() / value.abs().max().clamp(min=1e-12)).item())
+        parameters[key].data.copy_(value)
     paths = sorted({k.rpartition(".")[0] for k in new})
     host.remove(name)
     with host.using(None):
         got = host.model(input_ids=ids).logits.float()
     return Merged(paths, rounding, (got - want).abs().max().item(), want.abs().max().item(), untied, kept)
+
+
+def _once(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Correctly rounded: PyTorch goes from float64 to 16 bits by way of float32, which would round some values twice."""
+    if dtype.itemsize > 2 or value.dtype != torch.float64:
+        return value.to(dtype)
+    near = value.float()
+    bits = near.view(torch.int32)
+    towards_zero = bits - (near.double().abs() > value.abs()).int()
+    # Rounded to odd, the float32 between is no tie of the 16-bit type unless the value is.
+    return torch.where(near.double() == value, bits, towards_zero | 1).view(torch.float32).to(dtype)
 
 
 def _untie(host: Host, new: dict[str, Tensor]) -> bool:
@@ -115,7 +146,7 @@ def _untie(host: Host, new: dict[str, Tensor]) -> bool:
 def _call(host: Host, name: str, site: Site, f: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Tensor], Call]:
     part = site.spot.part
     place = replace(site.places[name], f=(lambda x: part.get(f(x))) if part else f)
-    w = {k: v.float() if v.is_floating_point() else v for k, v in site.tensors(name).items()}
+    w = {k: v.to(_exact(host)) if v.is_floating_point() else v for k, v in site.tensors(name).items()}
     return host.edits[name], w, Call(place)
 
 
@@ -144,9 +175,14 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
             f"{name!r} hangs around {path!r}, which is no single weight; it cannot be merged, only kept as an adapter"
         )
     W, b, transposed = frozen(host, layer)
-    edited = _through(host, name, sites, lambda x: linear(x, W, b))
+    known: list[Tensor] = []
+
+    def f(x: Tensor) -> Tensor:
+        return known[1] if known and x is known[0] else linear(x, W, b)
+
+    edited = _through(host, name, sites, f)
     d_in = W.shape[1]
-    u, v = torch.randn(2, d_in, generator=torch.Generator().manual_seed(0)).to(W.device)
+    u, v = torch.randn(2, d_in, generator=torch.Generator().manual_seed(0)).to(W)
     y = edited(torch.stack([torch.zeros_like(u), u, v, 3 * u - 2 * v])[None])[0]
     bias, fu, fv, fw = y[0], *(y[1:] - y[0])
     if not torch.allclose(3 * fu - 2 * fv, fw, rtol=1e-3, atol=1e-4 * float(fw.abs().max())):
@@ -155,29 +191,35 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
         )
     if b is None and float(bias.abs().max()) > 0:
         raise InlayError(f"{name!r} adds a bias at {path!r}, where the base has none to hold it; keep it as an adapter")
-    wide = edited(torch.eye(d_in, device=W.device)[None])[0] - bias
-    return {"weight": wide if transposed else wide.T, **({"bias": bias} if b is not None else {})}
+    wide = torch.empty_like(W)
+    for at in range(0, d_in, AT_ONCE):
+        part = W[:, at : at + AT_ONCE].T
+        eye = torch.eye(len(part), d_in, device=W.device, dtype=W.dtype).roll(at, 1)[None]
+        known[:] = eye, (part if b is None else part + b)[None]
+        wide[:, at : at + AT_ONCE] = (edited(eye)[0] - bias).T
+    return {"weight": wide.T if transposed else wide, **({"bias": bias} if b is not None else {})}
 
 
 def frozen(host: Host, layer: Any) -> tuple[Tensor, Tensor | None, bool]:
-    """(W (D_out, D_in), bias, whether W is stored transposed), in float32; a quantised layer is asked, not read."""
+    """(W (D_out, D_in), bias, whether W is stored transposed); a quantised layer is asked, not read."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     transposed = hasattr(layer, "nf")
-    b = bias.detach().float() if isinstance(bias, Tensor) else None
+    dtype = _exact(host)
+    b = bias.detach().to(dtype) if isinstance(bias, Tensor) else None
     if readable(weight) and weight.dim() == 2:
-        W = weight.detach().float()
+        W = weight.detach().to(dtype)
         return (W.T if transposed else W), b, transposed
     eye = torch.eye(layer.in_features, device=host.device, dtype=host.dtype)
-    zero = layer.forward(eye.new_zeros(1, len(eye))).float()
-    return (layer.forward(eye).float() - zero).T, b, transposed
+    zero = layer.forward(eye.new_zeros(1, len(eye))).to(dtype)
+    return (layer.forward(eye).to(dtype) - zero).T, b, transposed
 
 
 def _table(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tensor]:
     """Some decoders (Gemma) scale inside the embedding: what is said is a multiple of the table."""
     layer: Any = sites[0].layer
-    table = layer.weight.detach().float()
+    table = layer.weight.detach().to(_exact(host))
     ids = torch.arange(len(table), device=table.device)[None]
-    some = layer.forward(ids[:, :64]).float()
+    some = layer.forward(ids[:, :64]).to(table.dtype)
     scale = (some.norm() / table[:64].norm()).item()
     scale = scale if abs(scale - 1) > 1e-2 else 1.0
     edited = _through(host, name, sites, lambda ids: embedding(ids, table) * scale)
@@ -189,12 +231,12 @@ def _norm(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Tens
     layer: Any = sites[0].layer
     if set(dict(layer.named_parameters(recurse=False))) - {"weight", "bias"}:
         raise InlayError(f"{path!r} is a norm of a kind that cannot be merged into")
-    g = layer.weight.detach().float()
+    g = layer.weight.detach().to(_exact(host))
     has_bias = getattr(layer, "bias", None) is not None
-    b = layer.bias.detach().float() if has_bias else torch.zeros_like(g)
+    b = layer.bias.detach().to(g.dtype) if has_bias else torch.zeros_like(g)
     sign = torch.ones_like(g)
     sign[1::2] = -1
-    shown = (layer.forward(sign.to(host.dtype)[None, None])[0, 0].float() - b) * sign
+    shown = (layer.forward(sign.to(host.dtype)[None, None])[0, 0].to(g.dtype) - b) * sign
     offset = 1.0 if (shown - 1 - g).abs().max() < (shown - g).abs().max() else 0.0  # Gemma stores g - 1
     edited = _through(host, name, sites, lambda n: n * (g + offset) + b)
     bias = edited(torch.zeros_like(g)[None, None])[0, 0]

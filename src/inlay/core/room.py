@@ -35,6 +35,8 @@ class Room:
     """adapter -> where its own columns begin after the row's first reserved one (B,)."""
     position_BR: Tensor
     """Position id of each reserved column, counted from the row's first one (B, wide)."""
+    prompted: bool = False
+    """Whether somebody asks where prompts end."""
 
 
 def plan_room(rows: Sequence[Worn], edits: Mapping[str, Edit], device: torch.device) -> Room | None:
@@ -51,6 +53,8 @@ def plan_room(rows: Sequence[Worn], edits: Mapping[str, Edit], device: torch.dev
                 if edits[n].room_positions == "zero"
                 else range(len(columns), len(columns) + edits[n].room)
             )
+        for n in (n for n in offset if edits[n].prompted):
+            offset[n][row] = len(columns)
         need.append(len(columns))
         positions.append(columns)
     wide = max(need, default=0)
@@ -61,14 +65,15 @@ def plan_room(rows: Sequence[Worn], edits: Mapping[str, Edit], device: torch.dev
         torch.tensor(need, device=device),
         {n: torch.tensor(v, device=device) for n, v in offset.items()},
         torch.tensor([c + [0] * (wide - len(c)) for c in positions], device=device, dtype=torch.long),
+        any(edits[n].prompted for n in offset),
     )
 
 
-def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) -> tuple[dict, Tensor]:
-    """(keyword arguments with room made, first reserved column of each row (B,)).
+def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) -> tuple[dict, Tensor, Tensor]:
+    """(keyword arguments with room made, first reserved column of each row (B,), tokens of each row's prompt (B,)).
 
     `seen` counts the cache's columns, reserved ones included; a step that continues a cache gets its mask and positions
-    widened, but no new columns.
+    widened, but no new columns, and its prompt is behind it (0).
     """
     signature = inspect.signature(model.forward)
     given = signature.bind_partial(*args, **kwargs).arguments
@@ -81,9 +86,14 @@ def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) ->
         mask = ids.new_ones((batch, tokens + (seen - room.wide if seen else 0)), dtype=torch.long)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise InlayError(
-            "virtual tokens need a 2-D attention mask; static caches hand the model a 4-D one: use a dynamic cache"
+            "virtual tokens and edits of single positions need a 2-D attention mask; static caches hand the model a "
+            "4-D one: use a dynamic cache"
         )
-    first_B = mask.to(torch.int8).argmax(-1) + room.wide - room.need_B
+    own_B = mask.to(torch.int8).argmax(-1)
+    prompt_B = _prompt(mask, own_B, given.get("labels")) if not seen else torch.zeros_like(own_B)
+    first_B = own_B + room.wide - room.need_B
+    if not room.wide:
+        return given, first_B, prompt_B
     wide_mask = pad(mask, (room.wide, 0))
     column = torch.arange(wide_mask.shape[1], device=mask.device)
     reserved = (column >= first_B[:, None]) & (column < (first_B + room.need_B)[:, None])
@@ -105,7 +115,16 @@ def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) ->
     keep = given.get("logits_to_keep")
     if isinstance(keep, Tensor):
         given["logits_to_keep"] = keep + new
-    return given, first_B
+    return given, first_B, prompt_B
+
+
+def _prompt(mask: Tensor, own_B: Tensor, labels: Tensor | None) -> Tensor:
+    """A row's prompt ends where its first label stands; without labels all of it is prompt."""
+    whole_B = mask.sum(-1)
+    if labels is None:
+        return whole_B
+    learned = labels != -100
+    return torch.where(learned.any(-1), learned.to(torch.int8).argmax(-1) - own_B, whole_B)
 
 
 def strip(out, tokens: int, wide: int):

@@ -1,15 +1,18 @@
-"""Which row of a batch wears which adapters, and three ways to send rows through edits.
+"""Which row of a batch wears which adapters, and how rows are sent through edits.
 
-`gather` takes each adapter's rows out, edits them and puts them back: least work, the default.
-`select` lets every adapter see every row and keeps its own: more work, but shapes never depend on the plan and each row
-is the same to the last bit as alone in a batch of that shape.
-`stack` maps one edit over the rows of all adapters with equal settings (`torch.vmap`): one kernel however many
-adapters.
+A route is a list of steps: a *segment* is one adapter and the rows that wear it; a *stack* is many adapters that are
+cut alike, one to a row, and one batched formula (`inlay.core.fold`). Four strategies make steps of a plan:
+
+- `segments`: a step per adapter. It takes its rows out, edits them and puts them back;
+- `select`: the same, but every adapter sees every row and keeps its own: more work, but shapes never depend on the plan
+  and each row is the same to the last bit as alone in a batch of that shape;
+- `stack`: a stack wherever the methods allow it, while nothing is trained;
+- `auto`: stacks for steps of few tokens (decoding), where they are faster, and segments for all else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,26 +21,44 @@ from torch import Tensor
 
 from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError, unknown
+from inlay.core.fold import Folded, Stack, Stacks
 
 if TYPE_CHECKING:
     from inlay.core.layout import Layout
 
 Worn = tuple[str, ...]
 """What one row wears: names of adapters, none for the bare model."""
-STRATEGIES = ("gather", "select", "stack")
+STRATEGIES = ("auto", "segments", "select", "stack")
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One adapter and the rows that wear it."""
+
+    name: str
+    rows: Tensor | None
+    """Which rows (n,); None: every row."""
+    span: slice | None
+    """The same where they are neighbours."""
+    mine: Tensor
+    """The same as a mask (B,)."""
+
+    def only(self, where: Tensor) -> Segment:
+        """The same among these rows."""
+        mine = self.mine[where]
+        return Segment(self.name, None if self.rows is None else mine.nonzero()[:, 0], None, mine)
+
+
+Step = Segment | Stack
 
 
 @dataclass(frozen=True)
 class Route:
     """One forward's routing; immutable, so that gradient checkpointing can replay the one a layer belongs to."""
 
-    rows: Mapping[str, Tensor | None] = field(default_factory=dict)
-    """adapter -> the rows that wear it, in the order in which adapters were hung; None: every row."""
-    mine: Mapping[str, Tensor] = field(default_factory=dict)
-    """adapter -> the same as a mask (B,)."""
+    steps: tuple[Step, ...] = ()
+    """In the order in which they are applied."""
     batch: int = 1
-    disjoint: bool = True
-    """No row wears two adapters."""
     first: Mapping[str, Tensor] = field(default_factory=dict)
     """positional adapter -> column where its reserved columns begin (B,)."""
     seen: int = 0
@@ -46,16 +67,18 @@ class Route:
     """Set in a packed forward: rows are then single tokens, R W of them."""
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def call(self, name: str, place) -> Call:
-        """The call as the adapter `name` sees it, all rows."""
-        return Call(place, self.training, self.seen, self.first.get(name), self.side)
+    def call(self, step: Step, place) -> Call:
+        """The call as a step sees it, all rows."""
+        first = self.first.get(step.name) if isinstance(step, Segment) else None
+        return Call(place, self.training, self.seen, first, self.side)
 
     def only(self, where: Tensor) -> Route:
         """The same for some of the rows (of a packed batch: some of its tokens), each now a row of its own."""
-        mine = {n: m[where] for n, m in self.mine.items()}
-        rows = {n: None if r is None else mine[n].nonzero()[:, 0] for n, r in self.rows.items()}
+        if any(isinstance(s, Stack) for s in self.steps):
+            raise InlayError("rows cannot be picked from stacks: packed batches are routed in segments")
+        steps = tuple(s.only(where) for s in self.steps if isinstance(s, Segment))
         first, side = ({k: v[where] for k, v in t.items()} for t in (self.first, self.side))
-        return replace(self, rows=rows, mine=mine, batch=len(where), first=first, side=side, layout=None)
+        return replace(self, steps=steps, batch=len(where), first=first, side=side, layout=None)
 
 
 def read_plan(plan: Sequence[object], known: Mapping[str, Edit]) -> tuple[Worn, ...]:
@@ -81,76 +104,111 @@ def spread(plan: tuple[Worn, ...], batch: int) -> tuple[Worn, ...]:
     return tuple(names for names in plan for _ in range(batch // len(plan)))
 
 
-def route(plan: tuple[Worn, ...], order: Sequence[str], batch: int, device: torch.device) -> Route:
-    """Turn a plan into row indices. `order` keeps one compiled graph for every plan over the same adapters."""
-    whole = spread(plan, batch)
-    wears = {n: [n in names for names in whole] for n in order if any(n in names for names in plan)}
-    mine = {n: torch.tensor(w, device=device) for n, w in wears.items()}
-    rows = {n: None if all(w) else mine[n].nonzero()[:, 0] for n, w in wears.items()}
-    return Route(rows, mine, batch, all(len(names) < 2 for names in whole))
+def _segment(name: str, rows: Sequence[int], batch: int, device: torch.device) -> Segment:
+    mine = torch.zeros(batch, dtype=torch.bool)
+    where = torch.tensor(rows)
+    mine[where] = True
+    whole = len(rows) == batch
+    return Segment(name, None if whole else where.to(device), None if whole else _span(rows), mine.to(device))
 
 
-def route_packed(plan: tuple[Worn, ...], order: Sequence[str], layout: Layout) -> Route:
+def _span(rows: Sequence[int]) -> slice | None:
+    neighbours = rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if neighbours else None
+
+
+def _wearers(whole: Sequence[Worn]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for row, names in enumerate(whole):
+        for n in names:
+            found.setdefault(n, []).append(row)
+    return found
+
+
+def route(plan: tuple[Worn, ...], order: Mapping[str, int], batch: int, device: torch.device) -> Route:
+    """Turn a plan into segments. `order` keeps one compiled graph for every plan over the same adapters."""
+    wearers = _wearers(spread(plan, batch))
+    return Route(tuple(_segment(n, wearers[n], batch, device) for n in sorted(wearers, key=order.__getitem__)), batch)
+
+
+def route_packed(plan: tuple[Worn, ...], order: Mapping[str, int], layout: Layout) -> Route:
     """The same for the tokens of a packed batch; the plan names one entry per sequence, or one for all."""
     owner = layout.owner_RW.flatten()
     by_sequence = route(plan, order, len(layout.length_N), owner.device)
     stands = owner >= 0
-    mine = {n: m[owner.clamp(min=0)] & stands for n, m in by_sequence.mine.items()}
-    rows = {n: None if r is None else mine[n].nonzero()[:, 0] for n, r in by_sequence.rows.items()}
-    return Route(rows, mine, len(owner), by_sequence.disjoint, first=layout.first, layout=layout)
+    steps = []
+    for s in by_sequence.steps:
+        assert isinstance(s, Segment)
+        mine = s.mine[owner.clamp(min=0)] & stands
+        steps.append(Segment(s.name, None if s.rows is None else mine.nonzero()[:, 0], None, mine))
+    return Route(tuple(steps), len(owner), first=layout.first, layout=layout)
 
 
-Job = tuple[str, Edit, Weights, Call]
+def stacked(
+    by_segments: Route,
+    whole: Sequence[Worn],
+    order: Mapping[str, int],
+    folded: Callable[[str], Folded],
+    stacks: Stacks,
+) -> Route | None:
+    """The same rows with stacks for adapters that are cut alike; None where there is nothing to stack, or no room.
+
+    A row's first adapters come before all second ones, so that each row meets its own in the order of the segments.
+    """
+    segments = {s.name: s for s in by_segments.steps if isinstance(s, Segment)}
+    if len(segments) < 2:
+        return None
+    parts = {n: folded(n) for n in segments}
+    device = next(iter(segments.values())).mine.device
+    ranked = [sorted(names, key=order.__getitem__) for names in whole]
+    wanted: dict[Hashable, list[Folded]] = {}
+    plans: list[tuple[Hashable | str, list[int]]] = []
+    for level in range(max(map(len, ranked))):
+        groups: dict[Hashable, list[int]] = {}
+        for row, names in enumerate(ranked):
+            if level < len(names):
+                one = parts[names[level]]
+                groups.setdefault(one.cut.alike if one.cut.stacks else names[level], []).append(row)
+        for key, rows in groups.items():
+            if isinstance(key, str):
+                plans.append((key, rows))
+            else:
+                wanted[level, key] = [parts[ranked[row][level]] for row in rows]
+                plans.append(((level, key), rows))
+    if not wanted or not stacks.fits(wanted):
+        return None
+    filled = stacks.fill(wanted)
+    steps: list[Step] = []
+    for key, rows in plans:
+        if isinstance(key, str):
+            steps.append(_segment(key, rows, by_segments.batch, device))
+            continue
+        everyone = len(rows) == by_segments.batch
+        where = None if everyone else torch.tensor(rows, device=device)
+        steps.append(Stack(wanted[key][0].cut, where, None if everyone else _span(rows), filled[key]))
+    return replace(by_segments, steps=tuple(steps))
 
 
-def apply(strategy: str, phase: str, jobs: list[Job], now: Route, x: Tensor, y: Tensor | None) -> Tensor:
+Job = tuple[Step, Edit, Weights, Call]
+
+
+def apply(strategy: str, phase: str, jobs: Sequence[Job], x: Tensor, y: Tensor | None) -> Tensor:
     """Run one phase of several adapters at one place; x (B, T, D_in) or ids, y (B, T, D_out) or None in `before`."""
     out = x if y is None else y
-    if strategy == "stack" and len(jobs) > 1 and now.disjoint:
-        groups: dict[tuple, list[Job]] = {}
-        for job in jobs:
-            shapes = tuple((k, v.shape) for k, v in job[2].items())
-            groups.setdefault((job[1], job[3].place.wiring, shapes), []).append(job)
-        for group in groups.values():
-            out = (
-                _stacked(phase, group, now, x, y, out)
-                if len(group) > 1
-                else _each(phase, group, now, x, y, out, "gather")
-            )
-        return out
-    return _each(phase, jobs, now, x, y, out, strategy)
-
-
-def _each(phase: str, jobs: list[Job], now: Route, x: Tensor, y: Tensor | None, out: Tensor, strategy: str) -> Tensor:
-    for name, edit, w, call in jobs:
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    mine = False
+    for step, edit, w, call in jobs:
         fn: Callable[..., Tensor] = getattr(edit, phase)
         args = (out,) if y is None else (x, out)
-        rows = now.rows[name]
-        if rows is None:
-            out = fn(w, *args, call)
-        elif strategy == "select":
-            out = torch.where(now.mine[name].view(-1, *[1] * (out.dim() - 1)), fn(w, *args, call), out)
+        if step.rows is None:
+            out, mine = fn(w, *args, call), False
+        elif strategy == "select" and isinstance(step, Segment):
+            out, mine = torch.where(step.mine.view(-1, *[1] * (out.dim() - 1)), fn(w, *args, call), out), True
+        elif in_place:
+            where = step.span or step.rows
+            new = fn(w, *(a[where] for a in args), call.take(where))
+            out, mine = out if mine else out.clone(), True
+            out[where] = new
         else:
-            out = out.index_copy(0, rows, fn(w, *(a[rows] for a in args), call.take(rows)))
+            out = out.index_copy(0, step.rows, fn(w, *(a[step.rows] for a in args), call.take(step.rows)))
     return out
-
-
-def _stacked(phase: str, jobs: list[Job], now: Route, x: Tensor, y: Tensor | None, out: Tensor) -> Tensor:
-    everyone = torch.arange(now.batch, device=out.device)
-    per_job = [everyone if (r := now.rows[name]) is None else r for name, *_ in jobs]
-    rows = torch.cat(per_job)
-    slot = torch.cat([torch.full_like(r, i) for i, r in enumerate(per_job)])
-    w = {k: torch.stack([job[2][k] for job in jobs])[slot] for k in jobs[0][2]}
-    calls = [job[3].take(r) for job, r in zip(jobs, per_job, strict=True)]
-    edit, call = jobs[0][1], calls[0]
-    first = None if call.first_B is None else torch.cat([c.first_B for c in calls])  # type: ignore[misc]
-    side = {k: v[rows] for k, v in now.side.items()}
-    args = (out,) if y is None else (x, out)
-
-    def one_row(w, first, side, *args):
-        mine = replace(call, first_B=None if first is None else first[None], side={k: v[None] for k, v in side.items()})
-        return getattr(edit, phase)(w, *(a[None] for a in args), mine)[0]
-
-    dims = (0, None if first is None else 0, 0, *[0] * len(args))
-    new = torch.vmap(one_row, in_dims=dims, randomness="different")(w, first, side, *(a[rows] for a in args))
-    return out.index_copy(0, rows, new)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import route
-from inlay.core.edit import Weights, phases
+from inlay.core.edit import Edit, Weights, phases
 from inlay.core.errors import InlayError
+from inlay.core.fold import Stack
 from inlay.core.place import Place, Spot, widths
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Site(nn.Module):
         self._host = [host]  # in a list: the host is no child of the layer
         self._layer = [layer]
         self._given: Tensor | None = None
+        self._found: tuple[tuple[route.Step, ...] | None, tuple[list[_Worn], list[_Worn]]] = None, ([], [])
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
             self.frozen,
@@ -106,6 +108,10 @@ class Site(nn.Module):
         self.places[name] = replace(self.place, wiring=wiring)
         self.wear[name] = Wear(tensors)
 
+    def wired(self, wiring: str) -> Place:
+        """The place as an adapter with this wiring sees it."""
+        return self.place if wiring == self.place.wiring else replace(self.place, wiring=wiring)
+
     def drop(self, name: str) -> bool:
         """Take an adapter away; True if nothing is left and the site has removed itself."""
         del self.wear[name], self.places[name]
@@ -121,23 +127,43 @@ class Site(nn.Module):
         own = self.wear[name].tensors()
         return {**common.tensors(), **own} if common is not None else own
 
+    def _worn(self, steps: tuple[route.Step, ...]) -> tuple[list[_Worn], list[_Worn]]:
+        """What the steps of a route have to do here, in `before` and in `after`."""
+        if torch.compiler.is_compiling():  # a graph must not depend on which route it was made under
+            return self._find(steps)
+        if self._found[0] is not steps:
+            self._found = steps, self._find(steps)
+        return self._found[1]
+
+    def _find(self, steps: tuple[route.Step, ...]) -> tuple[list[_Worn], list[_Worn]]:
+        found: tuple[list[_Worn], list[_Worn]] = [], []
+        for step in steps:
+            one = _worn_here(self._host[0], self, step)
+            if one is not None:
+                for phase, has in enumerate(phases(one[1])):
+                    if has:
+                        found[phase].append(one)
+        return found
+
     def run(self, phase: int, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Send each row through its own adapters; rows whose adapters do not hang here pass unchanged."""
         host, out = self._host[0], x if y is None else y
-        names = [n for n in host.now.rows if n in self.places and phases(host.edits[n])[phase]]
-        if not names:
+        worn = self._worn(host.now.steps)[phase]
+        if not worn:
             return out
-        dtype = host.precision(out, names)
+        dtype = host.precision(out, (edit for _, edit, _, _ in worn))
         jobs: list[route.Job] = []
-        for n in names:
-            w = host.edits[n].rounded(self.tensors(n), dtype)
-            jobs.append((n, host.edits[n], w, host.now.call(n, self.places[n])))
-        by_rows = any(host.now.rows[n] is not None or host.edits[n].positional for n in names)
+        for step, edit, place, w in worn:
+            call = host.now.call(step, place)
+            if not edit.idle(call, out.shape[1]):
+                w = self.tensors(step.name) if w is None else w  # type: ignore[union-attr]
+                jobs.append((step, edit, edit.rounded(w, dtype), call))
+        if not jobs:
+            return out
+        by_rows = any(step.rows is not None or isinstance(step, Stack) or e.positional for step, e, _, _ in jobs)
         x_, out_ = (self._rows(t) if by_rows else t for t in (x, out))
         x_ = x_.to(dtype) if x_.is_floating_point() else x_
-        new = route.apply(
-            host.strategy, ("before", "after")[phase], jobs, host.now, x_, None if y is None else out_.to(dtype)
-        )
+        new = route.apply(host.strategy, ("before", "after")[phase], jobs, x_, None if y is None else out_.to(dtype))
         return new.reshape(out.shape).to(out.dtype)
 
     def _rows(self, t: Tensor) -> Tensor:
@@ -158,7 +184,7 @@ class Site(nn.Module):
         )
 
     def _pre(self, layer: nn.Module, args: tuple, kwargs: dict):
-        if not self._host[0].now.rows:
+        if not self._worn(self._host[0].now.steps)[0]:
             return None
         x, where = _input(args, kwargs)
         new = self.run(0, x)
@@ -168,7 +194,8 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
-        if not self._host[0].now.rows:
+        if not self._worn(self._host[0].now.steps)[1]:
+            self._given = None
             return None
         x, self._given = self._given, None
         x = _input(args, kwargs)[0] if x is None else x
@@ -180,6 +207,19 @@ class Site(nn.Module):
             return None
         new = part.put(whole, new) if part else new
         return (new, *out[1:]) if isinstance(out, tuple) else new
+
+
+_Worn = tuple[route.Step, Edit, Place, Weights | None]
+"""A step with something to do at a place; tensors None: the adapter hangs there and may be trained."""
+
+
+def _worn_here(host: Host, site: Site, step: route.Step) -> _Worn | None:
+    key = site.spot.key
+    if isinstance(step, Stack):
+        return (step, step.cut.edits[key], site.wired(step.cut.wirings[key]), step.at[key]) if key in step.at else None
+    if (kept := host.shelf.get(step.name)) is not None:
+        return (step, kept.cut.edits[key], site.wired(kept.cut.wirings[key]), kept.at[key]) if key in kept.at else None
+    return (step, host.edits[step.name], site.places[step.name], None) if step.name in site.places else None
 
 
 def _input(args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
