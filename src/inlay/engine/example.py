@@ -25,6 +25,11 @@ def scored(labels: Sequence[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
+def unlearned(labels: Sequence[int]) -> int:
+    """Tokens before the first label: the prompt."""
+    return next((t for t, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
 def learned(example: Example) -> int:
     """The same of an example."""
     return scored(example.labels)

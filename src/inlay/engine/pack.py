@@ -14,7 +14,7 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout, rows_of
 from inlay.engine.attention import has_interface
-from inlay.engine.example import IGNORED, Example
+from inlay.engine.example import IGNORED, Example, unlearned
 
 BUDGET = {"cpu": 768}
 """Tokens of a forward by kind of device: what keeps it busy, and no more memory than that."""
@@ -68,7 +68,7 @@ def pack(
     """
     if parents is not None and not takes_positions(host.model) and any(p is not None for p in parents):
         raise InlayError(f"{type(host.model).__name__} counts positions by columns: continuations cannot be packed")
-    layout, inputs = laid_out(host, ids, parents, filler)
+    layout, inputs = laid_out(host, ids, parents, filler, prompts=[unlearned(own) for own in labels])
     scored: list[int] = []
     target: list[int] = []
     for n, own in enumerate(labels):
@@ -90,14 +90,16 @@ def laid_out(
     parents: Sequence[int | None] | None = None,
     filler: int = 0,
     behind: int = 0,
+    prompts: Sequence[int | None] | None = None,
 ) -> tuple[Layout, dict[str, Tensor]]:
     """(where sequences stand under the host's present plan, what the decoder is called with).
 
     Args:
         behind: positions that all sequences come after.
+        prompts: see `inlay.core.layout.lay_out`.
     """
     # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
-    layout = host.lay_out([len(s) for s in ids], parents, None if has_interface(host.model) else 0)
+    layout = host.lay_out([len(s) for s in ids], parents, None if has_interface(host.model) else 0, prompts)
     tokens = layout.fill(ids, filler).to(host.device)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if takes_positions(host.model):

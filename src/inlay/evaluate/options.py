@@ -182,7 +182,7 @@ def _plain(
     for at in range(0, len(rows), size):
         part = rows[at : at + size]
         ids, mask = padded([h + t[:-1] for h, t, _ in part], pad_id(tokenizer), host.device, "right")
-        with wear(host, [worn for *_, worn in part]):
+        with wear(host, [worn for *_, worn in part]), host.prompts([len(h) for h, *_ in part]):
             logits = host.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         totals.append(_gathered(logits, [t for _, t, _ in part], [len(h) - 1 for h, *_ in part]))
     return _by_prompt(torch.cat(totals), tails)

@@ -167,6 +167,8 @@ def sharing(running: Running, rows: Sequence[Row]) -> Begin:
     that is worn, and copied."""
     host, cache = running.host, running.cache
     shared = beginning([r.ids for r in rows], leave=1)
+    if any(host.edits[n].prompted for worn in {r.worn for r in rows} for n in worn):
+        return running.begin  # a part of a prompt would be taken for all of it
     if shared < SHARED or len(rows) < 2 * len(Counter(r.worn for r in rows)):
         return running.begin
     kept: dict[Worn, list[tuple[Tensor, Tensor]]] = {}

@@ -223,8 +223,9 @@ def scores(
     """Forward by forward: (prompts' indices, what their options score)."""
     wearers = len(set(plans))
     alike = beginning(heads, leave=1)
-    # Virtual tokens stand before the text: such a beginning would differ by row.
-    worth = alike >= SHARED and len(heads) >= 2 * wearers and not any(room(host, w) for w in set(plans))
+    # Virtual tokens stand before the text: such a beginning would differ by row. It is no prompt, either.
+    whole = any(room(host, w) or any(host.edits[n].prompted for n in w) for w in set(plans))
+    worth = alike >= SHARED and len(heads) >= 2 * wearers and not whole
     shared = alike if worth and has_interface(host.model) else 0
     scorer = Scorer(host, heads[0][:shared])
     trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]

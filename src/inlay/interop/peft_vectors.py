@@ -57,7 +57,7 @@ def load_road(found: Found) -> Loaded:
     def here(path: str, t: Tensors) -> Tensors:
         if variant != 4:
             return t
-        return {k: v.unflatten(0, (-1, 2, group)).transpose(0, 1).flatten(1) for k, v in t.items()}
+        return {k: v.unflatten(0, (-1, 2, group)).transpose(0, 1).flatten() for k, v in t.items()}
 
     return Loaded(edit, here=here)
 
@@ -65,11 +65,14 @@ def load_road(found: Found) -> Loaded:
 def dump_road(host: Host, name: str) -> Dumped:
     """Neighbours are groups of two."""
     edit: Any = host.edits[name]
+    if edit.positional:
+        raise InlayError(f"{name!r} turns {edit.positions} positions only, which PEFT's RoAd cannot; use inlay.save")
     group = edit.group if edit.pairing == "half" else 2
     variant = edit.variant
     made = {}
-    for path, (_, w) in plain_worn(host, name, "RoAd").items():
-        rows = {k: v.unflatten(1, (-1, group)).transpose(0, 1).flatten() if variant == 4 else v for k, v in w.items()}
+    for path, (_, found) in plain_worn(host, name, "RoAd").items():
+        w = edit.whole(found, whole_place(host, path))
+        rows = {k: v.view(2, -1, group).transpose(0, 1).flatten() if variant == 4 else v for k, v in w.items()}
         made[path] = {"road_theta": rows["theta"], "road_alpha": rows["a"]}
     return Dumped({"variant": f"road_{variant}", "group_size": group, "init_weights": True}, made)
 

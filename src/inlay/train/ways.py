@@ -19,7 +19,7 @@ from inlay.core.host import Host
 from inlay.engine import head
 from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
-from inlay.engine.example import IGNORED, Example
+from inlay.engine.example import IGNORED, Example, unlearned
 from inlay.engine.head import Read
 from inlay.engine.linear import fast_linears
 from inlay.engine.pack import Pack, budget, pack, packs, rounding, twice_biased
@@ -76,13 +76,18 @@ class Plain:
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """One padded forward."""
-        return loss_sum(self.host.model, collate(rows, self.pad, self.host.device))
+        with self._prompts(rows):
+            return loss_sum(self.host.model, collate(rows, self.pad, self.host.device))
 
     def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
         """One padded forward."""
-        logits, target = _learned(self.host.model, collate(rows, self.pad, self.host.device))
+        with self._prompts(rows):
+            logits, target = _learned(self.host.model, collate(rows, self.pad, self.host.device))
         loss = F.cross_entropy(logits, target, reduction="none")
         return loss, None if read is None else read(logits if through else logits.detach(), target)
+
+    def _prompts(self, rows: Sequence[Example]) -> contextlib.AbstractContextManager[Host]:
+        return self.host.prompts([unlearned(r.labels) for r in rows])
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Nothing to prepare."""
