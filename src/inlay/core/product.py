@@ -74,8 +74,21 @@ class _LowRank(torch.autograd.Function):
         return dx, dA, dB, None, g if ctx.needs_input_grad[4] else None
 
 
+def rows_product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x W^T + b with one W (D_out, D_in) for all rows, or one a row (B, D_out, D_in), b (D_out,) or (B, 1, D_out)."""
+    if W.dim() == 2:
+        return linear(x, W, b)
+    return torch.bmm(x, W.mT) if b is None else torch.baddbmm(b, x, W.mT)
+
+
 def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = None) -> Tensor:
-    """s B A x, added to `onto` if given; A (R, D_in), B (D_out, R). Backward keeps x, A x and the factors only."""
+    """s B A x, added to `onto` if given; A (R, D_in), B (D_out, R). Backward keeps x, A x and the factors only.
+
+    A and B may also be stacks, one pair a row: x (N, T, D_in), A (N, R, D_in), B (N, D_out, R).
+    """
+    if A.dim() == 3:
+        h = torch.bmm(x, A.mT)
+        return s * torch.bmm(h, B.mT) if onto is None else torch.baddbmm(onto, h, B.mT, alpha=s)
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         out = s * linear(linear(x, A), B)  # compiled or mapped: both see through plain operations only
         return out if onto is None else onto + out

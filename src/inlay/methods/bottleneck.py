@@ -14,6 +14,7 @@ from inlay.core.edit import Call, Edit, Weights
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
+from inlay.core.product import rows_product
 from inlay.core.start import kaiming
 
 Activation = Literal["tanh", "relu", "gelu", "silu", "sigmoid", "identity"]
@@ -89,11 +90,19 @@ class Bottleneck(Edit):
         w = {"c": torch.zeros(self.size), "e": torch.zeros(d_out)} if self.bias else {}
         return w | ({"s": torch.full((1,), float(self.scale))} if self.learned_scale else {})
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        s = w.get("s", self.scale)
+        scaled = {k: s * w[k] if k in ("U", "e") else w[k] for k in ("D", "U", "c", "e") if k in w}
+        return Bottleneck(activation=self.activation, wiring=self.wiring_of(place)), scaled  # type: ignore[arg-type]
+
+    def stacks(self, place: Place) -> bool:
+        return True
+
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
         """The bottleneck itself: (..., width) -> (..., D_out)."""
         z = F.dropout(z, self.dropout, call.training)
-        inner = ACTIVATIONS[self.activation](F.linear(z, w["D"], w.get("c")))
-        return w.get("s", self.scale) * F.linear(inner, w["U"], w.get("e"))
+        inner = ACTIVATIONS[self.activation](rows_product(z, w["D"], w.get("c")))
+        return w.get("s", self.scale) * rows_product(inner, w["U"], w.get("e"))
 
     def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
         return x + self.f(w, x, call) if self.wiring_of(call) == "input" else x
@@ -139,10 +148,19 @@ class Compacter(Bottleneck):
         }
         return w | self._extras(d_out)
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        D, U = (self._matrix(w[f"A_{k}"], w[f"{m}_s"], w[f"{m}_t"]) for k, m in (("down", "D"), ("up", "U")))
+        whole = {"D": D, "U": U, **{k: w[k] for k in ("c", "e", "s") if k in w}}
+        return super().folded(whole, place)
+
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
         z = F.dropout(z, self.dropout, call.training)
         inner = ACTIVATIONS[self.activation](self._phm(w["A_down"], w["D_s"], w["D_t"], z) + w.get("c", 0.0))
         return w.get("s", self.scale) * (self._phm(w["A_up"], w["U_s"], w["U_t"], inner) + w.get("e", 0.0))
+
+    def _matrix(self, A: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """(sum_i A_i (x) s_i t_i)^T, the product formed."""
+        return sum(torch.kron(a, left @ right) for a, left, right in zip(A, s, t, strict=True)).T  # type: ignore
 
     def _phm(self, A: Tensor, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """z (sum_i A_i (x) s_i t_i), the product never formed."""

@@ -63,6 +63,9 @@ class BitFit(Edit):
     new: bool = False
     """Also add biases where the base has none (they cannot be merged there)."""
 
+    def stacks(self, place: Place) -> bool:
+        return True
+
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {"bias": torch.zeros(place.d_out)} if place.has_bias or self.new else {}
 

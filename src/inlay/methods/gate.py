@@ -11,6 +11,7 @@ from inlay.core.edit import Call, Edit, Weights, phases
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
+from inlay.core.product import rows_product
 from inlay.methods.lora import LoRA
 
 
@@ -53,8 +54,15 @@ class Gated(Edit):
             "gate_bias": torch.zeros(1),
         }
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        edit, inner = self.edit.folded({k: t for k, t in w.items() if not k.startswith("gate")}, place)
+        return Gated(edit=edit), {**inner, "gate": w["gate"], "gate_bias": w["gate_bias"]}
+
+    def stacks(self, place: Place) -> bool:
+        return self.edit.stacks(place)
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        g = torch.sigmoid(x @ w["gate"].T + w["gate_bias"])
+        g = torch.sigmoid(rows_product(x, w["gate"], w["gate_bias"]))
         return y + g * (self.edit.after(w, x, y, call) - y)
 
 

@@ -44,9 +44,11 @@ class LoHa(Edit):
         right = (w["b1"][:, None, :] * w["b2"][None, :, :]).flatten(0, 1)
         return left, right
 
+    def _low(self, place: Place) -> bool:
+        return self.rank**2 * (place.d_in + place.d_out) < place.d_in * place.d_out
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        d_in, d_out = call.place.d_in, call.place.d_out
-        if self.rank**2 * (d_in + d_out) < d_in * d_out:
+        if self._low(call.place):
             left, right = self.factors(w)
             return y + self.alpha / self.rank * linear(linear(x, right), left)
         return y + self.alpha / self.rank * linear(x, (w["a1"] @ w["b1"]) * (w["a2"] @ w["b2"]))

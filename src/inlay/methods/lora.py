@@ -70,6 +70,15 @@ class LoRA(Edit):
         A, B = root[:, None] * Vh[: self.rank], U[:, : self.rank] * root
         return {"A": A, "B": B, "_A0": A.clone(), "_B0": B.clone()}
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        if "_A0" not in w:
+            return PLAIN, {"A": w["A"], "B": self.scale * w["B"]}
+        A, B = torch.cat([w["A"], w["_A0"]]), torch.cat([w["B"], -w["_B0"]], 1)
+        return PLAIN, {"A": A, "B": self.scale * B}
+
+    def stacks(self, place: Place) -> bool:
+        return place.role != "embed"
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():
             return y + self.scale * linear(column(w["A"], x), w["B"])
@@ -77,6 +86,10 @@ class LoRA(Edit):
         if "_A0" in w:  # less where it started; subtracted first, so that a fresh adapter changes nothing
             return y + (low_rank(x, w["A"], w["B"], self.scale) - low_rank(x, w["_A0"], w["_B0"], self.scale))
         return low_rank(x, w["A"], w["B"], self.scale, onto=y)
+
+
+PLAIN = LoRA(rank=1, alpha=1.0)
+"""B A x: what every low-rank update comes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +115,38 @@ class DoRA(LoRA):
         square = frozen_weight(place).square().sum(1)
         return {**super().weights(place), "m": square.sqrt(), "_square": square}
 
-    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        A, B, s, f = w["A"], w["B"], self.scale, call.place.f
+    def gain(self, w: Weights, place: Place) -> tuple[Tensor, Tensor | float]:
+        """(m / n (D_out,), b)."""
+        A, B, s, f = w["A"], w["B"], self.scale, place.f
         with torch.no_grad():
-            b = f(A.new_zeros(1, A.shape[1])) if call.place.has_bias else 0.0
+            b = f(A.new_zeros(1, A.shape[1])) if place.has_bias else 0.0
             WAt = (f(A) - b).T  # (D_out, rank)
             n = (w["_square"] + 2 * s * (B * WAt).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)).clamp(min=0).sqrt()
-        gain = w["m"] / n
+        return w["m"] / n, b
+
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        gain, b = self.gain(w, place)
+        bias = {"b": (1 - gain) * b[0]} if isinstance(b, Tensor) else {}
+        return _Gained(), {"A": w["A"], "B": self.scale * gain[:, None] * w["B"], "gain": gain, **bias}
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        A, B, s = w["A"], w["B"], self.scale
+        gain, b = self.gain(w, call.place)
         x = dropout(x, self.dropout, call.training)
         scaled = torch.addcmul(y, y - b, gain - 1) if call.place.has_bias else gain * y
         return low_rank(x, A, (gain[:, None] * B).to(B.dtype), s, onto=scaled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gained(Edit):
+    """gain * y + b + B A x: what DoRA comes to."""
+
+    def stacks(self, place: Place) -> bool:
+        return True
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        scaled = torch.addcmul(w["b"], y, w["gain"]) if "b" in w else w["gain"] * y
+        return low_rank(x, w["A"], w["B"], 1.0, onto=scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +187,9 @@ class AdaLoRA(Edit):
             "E": torch.zeros(self.rank),
             "P": 0.02 * torch.randn(place.d_out, self.rank),
         }
+
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        return PLAIN, {"A": w["E"][:, None] * w["Q"], "B": self.alpha / self.rank * w["P"]}
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():

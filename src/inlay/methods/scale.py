@@ -30,6 +30,9 @@ class IA3(Edit):
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {"l": torch.ones(place.d_in if self.wiring_of(place) == "input" else place.d_out)}
 
+    def stacks(self, place: Place) -> bool:
+        return True
+
     def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
         return x * w["l"] if self.wiring_of(call) == "input" else x
 

@@ -41,9 +41,13 @@ class Tokens(Edit):
         """The vectors (tokens, D_out)."""
         return w["table"]
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        return Tokens(tokens=self.tokens), {"table": self.table(w)}
+
+    def idle(self, call: Call, tokens: int) -> bool:
+        return bool(call.seen) and tokens == 1  # a decoding step never stands in the reserved columns
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        if call.seen and y.shape[1] == 1:  # a decoding step never stands in the reserved columns
-            return y
         at_BT = call.position_BT(y.shape[1])
         inside = ((at_BT >= 0) & (at_BT < self.tokens))[..., None]
         return torch.where(inside, self.table(w)[at_BT.clamp(0, self.tokens - 1)].to(y.dtype), y)

@@ -1,0 +1,146 @@
+"""An adapter folded into one vector says what it says hung; in stacks too, each row its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+from inlay.core.fold import Stack
+from tests.laws.zoo import base, batch, excite, logits, methods, places, small
+
+FAMILIES = ["llama", "gptj", "bloom", "opt", "gpt2"]
+STACKED = ["lora", "rslora", "pissa", "dora", "adalora", "ia3", "series", "parallel", "pfeiffer", "compacter"]
+NEAR = dict(rtol=1e-4, atol=1e-5)
+
+
+def wearing(family: str, *names: str, copies: int = 1, **settings):
+    host = inlay.attach(base(family))
+    for name in names:
+        for i in range(copies):
+            host.add(f"{name}-{i}", small(name, **settings), at=places(name, family), seed=i)
+    excite(host)
+    return host
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shelved_is_hung(family):
+    host = wearing(family, *methods(family))
+    sites, hooks = len(host.sites), len(list(host.model.named_modules()))
+    for name in list(host.edits):
+        host.shelve(f"s-{name}", host.edits[name], host.placement(name), host.tensors(name))
+    assert (len(host.sites), len(list(host.model.named_modules()))) == (sites, hooks)
+    for name in [n for n in host.edits if not n.startswith("s-")]:
+        torch.testing.assert_close(
+            logits(host, f"s-{name}", **batch()), logits(host, name, **batch()), **NEAR, msg=name
+        )
+
+
+@pytest.mark.parametrize("method", STACKED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stacked_row_is_its_adapter_alone(family, method):
+    host = wearing(family, method, copies=3)
+    plan = [f"{method}-1", f"{method}-0", f"{method}-2", f"{method}-1"]
+    inputs = batch(4)
+    want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
+    host.strategy = "stack"
+    with host.using(*plan), torch.no_grad():
+        got = host.model(**inputs).logits
+        steps = host.now.steps
+    assert len(steps) == 1 and isinstance(steps[0], Stack) and steps[0].rows is None
+    torch.testing.assert_close(got, want, **NEAR)
+
+
+def test_rows_that_wear_several_and_rows_that_wear_none():
+    host = wearing("llama", "lora", "ia3", copies=2)
+    plan = [("lora-0", "ia3-1"), None, "lora-1", ("lora-0", "lora-1", "ia3-0"), "ia3-0"]
+    inputs = batch(5)
+    want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
+    host.strategy = "stack"
+    torch.testing.assert_close(logits(host, *plan, **inputs), want, **NEAR)
+    plan = plan[::-1]
+    want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
+    torch.testing.assert_close(logits(host, *plan, **inputs), want, **NEAR)
+
+
+def test_auto_stacks_steps_of_few_tokens_only_and_never_while_training():
+    host = wearing("llama", "lora", copies=2)
+    with host.using("lora-0", "lora-1"):
+        for tokens, stacks in ((7, True), (9, False)):
+            with torch.no_grad():
+                host.model(**batch(2, tokens))
+                assert isinstance(host.now.steps[0], Stack) == stacks
+        host.model(**batch(2, 7)).logits.sum().backward()
+        assert not any(isinstance(s, Stack) for s in host.now.steps)
+    assert all(p.grad is not None for p in host.parameters())
+
+
+@pytest.mark.parametrize("how", ["step", "data", "fill"])
+def test_a_stack_follows_its_adapters(how):
+    host = wearing("llama", "lora", copies=2)
+    host.strategy = "stack"
+    inputs = batch(2)
+    before = logits(host, "lora-0", "lora-1", **inputs)
+    with host.using("lora-0", "lora-1"):
+        if how == "step":
+            host.model(**inputs).logits.square().mean().backward()
+            torch.optim.SGD(host.parameters(), lr=1.0).step()
+        elif how == "data":
+            for p in host.parameters():
+                p.data.mul_(2)
+            host.use("lora-0", "lora-1")
+        else:
+            host.fill("lora-0", host.tensors("lora-1"))
+        with torch.no_grad():
+            after = host.model(**inputs).logits
+    host.strategy = "segments"
+    torch.testing.assert_close(after, logits(host, "lora-0", "lora-1", **inputs), **NEAR)
+    assert not torch.allclose(before, after)
+
+
+def test_stacks_that_find_no_room_are_segments():
+    host = wearing("llama", "lora", copies=2)
+    host.stacks.room = 10
+    with host.using("lora-0", "lora-1"), torch.no_grad():
+        host.model(**batch(2, 1))
+        assert not any(isinstance(s, Stack) for s in host.now.steps)
+
+
+def test_a_changed_plan_writes_only_the_rows_that_changed(monkeypatch):
+    host = wearing("llama", "lora", copies=3)
+    for name in list(host.edits):
+        host.shelve(f"s{name}", host.edits[name], host.placement(name), host.tensors(name))
+    host.strategy = "stack"
+    logits(host, "slora-0", "slora-1", "slora-2", **batch(3))
+    written = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *a, **k: (written.append(1), copy(self, *a, **k))[1])
+    logits(host, "slora-0", "slora-2", "slora-2", **batch(3))
+    assert len(written) == 1
+
+
+def test_a_shelved_adapter_is_only_worn():
+    host = wearing("llama", "lora")
+    edit, at, tensors = host.edits["lora-0"], host.placement("lora-0"), host.tensors("lora-0")
+    host.shelve("kept", edit, at, tensors)
+    for read in (host.tensors, host.placement, host.by_place, host.count):
+        with pytest.raises(inlay.InlayError, match="shelved"):
+            read("kept")
+    with pytest.raises(inlay.InlayError, match="missing 0.q/A"):
+        host.shelve("other", edit, at, {k: t for k, t in tensors.items() if k != "0.q/A"})
+    with pytest.raises(inlay.InlayError, match="already wears"):
+        host.shelve("kept", edit, at, tensors)
+    host.remove("kept")
+    assert list(host.edits) == ["lora-0"]
+
+
+def test_detaching_leaves_no_trace_of_what_was_shelved():
+    model = base("llama")
+    names = [n for n, _ in model.named_modules()]
+    donor = wearing("llama", "lora")
+    host = inlay.attach(model)
+    host.shelve("x", donor.edits["lora-0"], donor.placement("lora-0"), donor.tensors("lora-0"))
+    host.use("x")
+    host.detach()
+    assert [n for n, _ in model.named_modules()] == names
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
