@@ -17,6 +17,8 @@ from inlay.train import checkpoint, record
 from inlay.train.bar import Bar
 from inlay.train.batches import usable
 from inlay.train.loop import Diverged, Loop, seed_everything, training
+from inlay.train.objective import Objective
+from inlay.train.observe import Observer
 from inlay.train.ranks import joined
 from inlay.train.settings import TrainSettings, identity
 from inlay.train.track import Journal, Mute, chosen, trackers
@@ -55,6 +57,8 @@ def fit(
     resume: bool | str | Path = False,
     overwrite: bool = False,
     facts: Mapping[str, Any] | None = None,
+    objective: Objective | None = None,
+    observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Train the adapter `name`, which hangs on `host`, on encoded examples.
 
@@ -67,6 +71,8 @@ def fit(
         resume: True goes on from the last checkpoint, or begins if there is none; a path names the checkpoint.
         overwrite: replace the run in this folder.
         facts: further entries for `data.json`, also kept with the adapter.
+        objective: what is minimised; the mean over learned tokens if not given.
+        observers: told of every step (see `inlay.train.observe`).
 
     Raises:
         InlayError: no gradient reached the adapter; the loss or gradient is not finite (that step is not taken, and the
@@ -81,13 +87,13 @@ def fit(
         "validation": record.counts(val_examples, val) if val else None,
         **(facts or {}),
     }
-    data = about["train"]["sha256_of_tokens"]
+    data = about["train"]["sha256_of_tokens"] + (objective.digest if objective else "")
     with joined() as team, contextlib.ExitStack() as stack:
         team.from_first(lambda: stack.enter_context(record.locked(run_dir)))
         found = team.from_first(lambda: record.start(run_dir, settings, resume, overwrite))
         team.same((data, settings.optim, settings.run, about["validation"]), "the data or the settings")
         seed_everything(settings.run.seed, team.rank)
-        loop = Loop(host, name, train, val, settings, pad, team)
+        loop = Loop(host, name, train, val, settings, pad, team, objective)
         if found is not None:
             loop.restore(found, data)
         if team.first:
@@ -98,8 +104,8 @@ def fit(
             _announce(loop, journal, run_dir, found)
         if (where := settings.run.cache_activations) != "off":
             journal.say(loop.way.remember(name, train, "ram" if where == "ram" else run_dir))
-        with training(host, name, settings.run.gradient_checkpointing), loop.way.active():
-            _run(loop, run_dir, data, journal, stack)
+        with training(host, name, settings.run.gradient_checkpointing), loop.active():
+            _run(loop, run_dir, data, journal, stack, observers)
         return _finish(loop, run_dir, journal, about)
 
 
@@ -136,7 +142,9 @@ def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Che
     journal.say(f"metrics go to metrics.jsonl{''.join(f', {n}' for n in chosen(loop.settings.run))}")
 
 
-def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextlib.ExitStack) -> None:
+def _run(
+    loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextlib.ExitStack, observers: Sequence[Observer]
+) -> None:
     run = loop.settings.run
     first_rank = loop.team.first
     outlets = trackers(run_dir, loop.settings, loop.step) if first_rank else []
@@ -144,10 +152,17 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
         stack.callback(outlet.close)
     bar = stack.enter_context(Bar(loop.total, loop.step, run.progress and first_rank))
     try:
+        loop.objective.prepare(loop.survey)
+        for observer in observers:
+            observer.begin(loop, run_dir)
         while loop.step < loop.total:
             loop.writer.check()
             first = loop.unreached is None
+            for observer in observers:
+                observer.before_step(loop)
             metrics = loop.advance()
+            for observer in observers:
+                metrics |= observer.after_step(loop)
             if first and (missed := loop.unreached):
                 journal.say(
                     f"no gradient reached {len(missed)} of {len(loop.trained)} tensors in the first step: "
@@ -161,7 +176,7 @@ def _run(loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextl
                 loop.best = (metrics["val_loss"], loop.step) if better else loop.best
             journal.write(metrics)
             for outlet in outlets:
-                outlet.log({k: v for k, v in metrics.items() if k != "step"}, loop.step)
+                outlet.log({k: v for k, v in metrics.items() if k != "step" and not isinstance(v, list)}, loop.step)
             bar.update(metrics)
             if last or better and run.final == "best" or (run.save_every and loop.step % run.save_every == 0):
                 loop.save(run_dir, data)

@@ -7,7 +7,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,10 @@ from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
 from inlay.core.store import describe
 from inlay.engine.example import Example, learned
+from inlay.engine.head import Read
 from inlay.train import checkpoint
 from inlay.train.batches import Feed
+from inlay.train.objective import Objective, Reduce, TokenMean
 from inlay.train.ranks import ALONE, Shared, Team, place
 from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
 from inlay.train.shards import Sharded, parted, shard, whole
@@ -91,6 +93,19 @@ def _plainly(work: Callable[[], T]) -> T:
     return work()
 
 
+@contextlib.contextmanager
+def _faster(optimizer: torch.optim.Optimizer, rate: float) -> Iterator[None]:
+    """Learning rates times `rate`, for one step."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= rate
+    try:
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
+
+
 class Loop:
     """The state of a run between two steps."""
 
@@ -103,6 +118,7 @@ class Loop:
         settings: TrainSettings,
         pad: int,
         team: Team = ALONE,
+        objective: Objective | None = None,
     ):
         self.team, self.base = team, fingerprint(host)
         team.align(host.tensors(name))
@@ -110,6 +126,7 @@ class Loop:
         root = shard(host, name, team, place(settings.run.device)) if self.sharded else None
         self.host, self.name, self.settings = host, name, settings
         self.edit, self.val = host.edits[name], val
+        self.objective: Objective = objective or TokenMean()
         o = settings.optim
         self.feed = Feed(train, o.batch_size, settings.run.seed, settings.data.group_by_length)
         self.total = self.feed.steps(o.epochs, o.steps)
@@ -140,18 +157,38 @@ class Loop:
         self.unreached: list[str] | None = None
         """Tensors that the first step gave no gradient: experts that no token chose, layers that are never called."""
 
+    # ---- how batches are computed ------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Around the steps of a session."""
+        self._prepared = contextlib.ExitStack()
+        self._prepared.enter_context(self.way.active())
+        try:
+            yield
+        finally:
+            self._prepared.close()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within `active`, a block in which the model computes the ordinary way: generation, padded forwards."""
+        self._prepared.close()
+        try:
+            yield
+        finally:
+            self._prepared.enter_context(self.way.active())
+
     # ---- one step ----------------------------------------------------------------------------------------------------
-    def advance(self) -> dict[str, float]:
+    def advance(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Raises Diverged, the adapter untouched, if one is not finite."""
         began, number, lr = time.perf_counter(), self.step + 1, self.schedule.get_last_lr()[0]
         examples = self.feed.step(self.step)
-        count = sum(map(learned, examples))
+        self.objective.begin(examples, self.step / max(1, self.total - 1), self.survey)
         penalty = self.edit.penalty(self.host.by_place(self.name))
 
         def backward() -> float:
             loss = 0.0
             for rows in self.way.split(examples):
-                part = self.way.loss(rows) / count
+                part = self.objective.loss(self.way, rows)
                 self.scaler.scale(part).backward()
                 loss += float(part.detach())
             if penalty is not None:  # every rank has all of it
@@ -162,8 +199,9 @@ class Loop:
         loss, *ranks = self.team.sums([loss, *(p.grad is not None for p in self.trained.values())])
         if not self.sharded:
             self.team.add_gradients(self.trained, [n > 0 for n in ranks])
-        metrics = {"loss": loss} | ({} if penalty is None else {"penalty": float(penalty.detach())})
+        metrics: dict[str, Any] = {"loss": loss} | ({} if penalty is None else {"penalty": float(penalty.detach())})
         _finite(f"at step {number}, which was not taken", **metrics)
+        metrics |= self.objective.end(self.team.sums)
         updated = self._update(number)
         self.step = number
         self.tokens += sum(len(e.input_ids) for e in examples)
@@ -173,13 +211,13 @@ class Loop:
             "step": number,
             "epoch": epoch,
             **metrics,
-            "lr": lr,
+            "lr": lr * self.objective.rate,
             **updated,
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
 
-    def _each(self, compute: Callable[[], float]) -> float:
+    def _each(self, compute: Callable[[], T]) -> T:
         """This rank's part of a sum. Ranks that hold parts of one base meet within, where no error can be told."""
         self.team.ready()
         if not self.sharded:
@@ -199,7 +237,8 @@ class Loop:
         overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
         if not overflow:
             _finite(f"at step {number}, which was not taken", grad_norm=norm)
-        self.scaler.step(self.optimizer)
+        with _faster(self.optimizer, self.objective.rate):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         if not overflow:
@@ -216,6 +255,27 @@ class Loop:
                 f"no gradient reached {self.name!r} in its first step, so it would not learn: the loss does not depend "
                 f"on its places ({places} ...). Look for a detached output, or places that the model never calls"
             )
+
+    @torch.no_grad()
+    def survey(self, examples: Sequence[Example], read: Read | None, reduce: Reduce, width: int) -> Tensor:
+        """`width` numbers of each example; see `inlay.train.objective`. Draws no random numbers."""
+        place = {id(e): i for i, e in enumerate(examples)}
+        mine = torch.zeros(len(examples), width + 1, dtype=torch.float64)
+
+        def compute() -> None:
+            for rows in self.way.split(examples):
+                said = self.way.tokens(rows, read, False)
+                if rows:
+                    at = [place[id(row)] for row in rows]
+                    mine[at, :-1] = reduce(rows, *said).to(mine)
+                    mine[at, -1] = 1  # an example that occurs twice may be computed by two ranks
+
+        self.host.model.eval()
+        self._each(compute)
+        self.host.model.train()
+        total = torch.tensor(self.team.sums(mine.flatten().tolist()), dtype=torch.float64).view_as(mine)
+        total = total[[place[id(e)] for e in examples]]
+        return total[:, :-1] / total[:, -1:]
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -247,6 +307,7 @@ class Loop:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "method": self.method_state,
+            "objective": self.objective.state(),
         }
         state = tree_map_only(Tensor, whole, state)
         state["random"], *others = self.team.gathered(checkpoint.random_states())
@@ -289,6 +350,7 @@ class Loop:
         self.schedule.load_state_dict(found.state["schedule"])
         self.scaler.load_state_dict(found.state["scaler"])
         self.method_state = {k: v.to(self.host.device) for k, v in found.state["method"].items()}
+        self.objective.restore(found.state.get("objective", {}))
         about = found.about
         self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
         self.best = tuple(about["best"]) if about["best"] else None

@@ -35,6 +35,7 @@ OURS = (
     "adapter",
     "activations.bin",
     "activations.bin.done",
+    "watched",
 )
 """What a run writes, besides its checkpoints."""
 PACKAGES = ("inlay", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "accelerate")
@@ -67,7 +68,7 @@ def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
     there = [n for n in OURS if (run_dir / n).exists()] + [f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]
     before = run_dir / "settings.yaml"
     if before.exists():
-        changed = differences(identity(read_recipe(before, TrainSettings)), identity(settings))
+        changed = differences(identity(read_recipe(before, type(settings))), identity(settings))
         if changed or not resume:
             what = f"with other settings ({'; '.join(changed)})" if changed else "with these settings"
             cure = "" if changed else "resume to go on with it, "
