@@ -54,7 +54,7 @@ class Running:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Steps run inside this block; enter it anew when `cache.due`."""
-        with quiet(self.host), self.host.using(None), self.cache.attending():
+        with quiet(self.host), self.host.steady(), self.host.using(None), self.cache.attending():
             self._planned = False
             yield
 

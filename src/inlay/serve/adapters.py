@@ -227,6 +227,7 @@ class Adapters:
         version = Version(name, f"{name}--{self._made}", source)
         try:
             formats.read(self.host, self._folder(source), version.hung)
+            self._arrange()
             self._try(version.hung)
         except Exception as e:  # a damaged file may fail anywhere
             if version.hung in self.host.edits:
@@ -240,6 +241,14 @@ class Adapters:
             self._make_room()
         self.sweep()
         return version
+
+    def _arrange(self) -> None:
+        """The host applies adapters in the order in which they were hung, which here is chance: order them by name, so
+        that `a+b` says the same whoever was loaded first."""
+        edits = self.host.edits
+        for hung in sorted(edits, key=lambda n: (n.rpartition("--")[0], int(n.rpartition("--")[2]))):
+            edits[hung] = edits.pop(hung)
+        self.host._order = self.host._ready = None
 
     def _try(self, hung: str) -> None:
         """A forward of one token: what fails here would fail in a batch with others."""

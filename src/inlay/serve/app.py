@@ -144,7 +144,11 @@ def _errors(app: FastAPI) -> None:
     async def invalid(request: Request, e: RequestValidationError) -> Response:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"] if p != "body")
-        what = first["msg"] if first["type"] != "json_invalid" else f"the body is not JSON: {first['ctx']['error']}"
+        what = (
+            first["msg"].removeprefix("Value error, ")
+            if first["type"] != "json_invalid"
+            else f"the body is not JSON: {first['ctx']['error']}"
+        )
         unknown = first["type"] == "extra_forbidden"
         said = f"this server does not know the field {where!r}" if unknown else f"{where}: {what}" if where else what
         return refusal(Refused(said, 400, "invalid_request", where or None))

@@ -95,8 +95,8 @@ class CompletionRequest(Asked):
             raise ValueError("best_of must equal n: nothing is ranked")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo with logprobs is not served; `inlay eval --how options` scores given texts")
-        if not self.prompt:
-            raise ValueError("prompt is empty")
+        if self.prompt == []:
+            raise ValueError("prompt is an empty list")
         return self
 
     @property
