@@ -19,7 +19,7 @@ from inlay.core.edit import Call
 from inlay.core.place import Place
 from inlay.core.route import STRATEGIES
 from inlay.methods.rotate import RoAd, RoAdLoRA, inverse, to_road2
-from tests.laws.zoo import CONFIGS, GQA, base, batch, excite, logits
+from tests.laws.zoo import GQA, base, batch, excite, logits
 
 torch.set_num_threads(1)
 D_IN, D_OUT = 96, 128
@@ -211,10 +211,8 @@ def test_R9_a_singular_block_has_no_inverse_and_says_so(variant):
     assert list(host.edits) == ["a"]
     want = [p.clone() for p in host.model.get_submodule(host.sites["0.up"].spot.path).parameters(recurse=False)]
     inlay.merge(host, "a").undo()
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(want, host.model.gpt_neox.layers[0].mlp.dense_h_to_4h.parameters(), strict=True)
-    )
+    fc1 = host.model.gpt_neox.layers[0].mlp.dense_h_to_4h
+    assert all(torch.equal(a, b) for a, b in zip(want, fc1.parameters(), strict=True))
 
 
 def test_what_is_no_rotation_of_all_positions_is_not_merged_nor_inverted():
@@ -318,9 +316,10 @@ def test_R13_gradients_of_a_mixed_batch_are_those_of_each_adapters_own_rows(stra
     assert all(g is not None and g.any() for k, g in absent.items() if k[:2] in ("s1", "s3"))
 
 
-@pytest.mark.parametrize(
-    "edit", [*(RoAd(variant=v, **p) for v in VARIANTS for p in PAIRINGS), RoAd(blocks="0.25-0.75")]
-)
+EDITS = [*(RoAd(variant=v, **p) for v in VARIANTS for p in PAIRINGS), RoAd(blocks="0.25-0.75")]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_R13_gradcheck(edit):
     edit = replace(edit, group=min(edit.group, 8))
     place = layer(d_out=16)[2]
@@ -474,9 +473,6 @@ SIZES = {
         is_decoder=True, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
 }
-ROBERTA = (
-    "*.query,*.key,*.value,*.attention.output.dense,*.intermediate.dense,*.[0-9].output.dense,*.1[0-9].output.dense"
-)
 COUNTS = [
     ("LLaMA-7B", "linear", 1, 1_359_872, 0.0202),
     ("LLaMA-7B", "linear", 2, 2_719_744, 0.0404),
@@ -498,7 +494,7 @@ def test_R19_published_parameter_counts(size, at, variant, count, percent):
     host = inlay.attach(model)
     if size.startswith("RoBERTa"):
         at = [
-            f"{p}"
+            p
             for p, m in model.named_modules()
             if isinstance(m, torch.nn.Linear) and ".layer." in p and (at != "fc1" or "intermediate" in p)
         ]
@@ -547,12 +543,8 @@ def test_R21_pefts_checkpoints(variant, group, tmp_path):
         torch.manual_seed(0)
         return hf.LlamaForCausalLM(hf.LlamaConfig(**GQA | {"hidden_size": 128, "intermediate_size": 192})).eval()
 
-    config = peft.RoadConfig(
-        task_type="CAUSAL_LM",
-        variant=f"road_{variant}",
-        group_size=group,
-        target_modules=["q_proj", "o_proj", "up_proj"],
-    )
+    linears = ["q_proj", "o_proj", "up_proj"]
+    config = peft.RoadConfig(task_type="CAUSAL_LM", variant=f"road_{variant}", group_size=group, target_modules=linears)
     theirs = peft.get_peft_model(llama(), config).eval()
     torch.manual_seed(1)
     for p in theirs.parameters():
@@ -586,13 +578,8 @@ def test_R21_pefts_checkpoints(variant, group, tmp_path):
 def test_R22_widths_that_cannot_be_paired_name_the_layer():
     config = hf.LlamaConfig(**GQA | {"intermediate_size": 33})
     host = inlay.attach(hf.LlamaForCausalLM(config))
-    for settings, text in (
-        ({}, r"'0\.up' has an odd number, 33"),
-        (
-            {"pairing": "half", "group": 5},
-            r"groups of 5 do not fit the 33 outputs of '0\.up'|'0\.up' has an odd number",
-        ),
-    ):
+    for settings in ({}, {"pairing": "half", "group": 5}):
+        text = r"'0\.up' has an odd number, 33"
         with pytest.raises(inlay.InlayError, match=text):
             host.add("a", RoAd(**settings), at="up")
     with pytest.raises(inlay.InlayError, match=r"groups of 64 do not fit the 32 outputs of '0\.q'"):
@@ -755,6 +742,15 @@ def seconds(f, device: str, runs: int = 30) -> float:
     return best
 
 
+def worn(n: int, place: Place, edit: RoAd):
+    """(edit, tensors of n adapters, one a row) as they are worn once nothing is trained."""
+    parts = [edit.folded(drawn(edit, place, i, torch.float32), place) for i in range(n)]
+    turn = parts[0][0]
+    assert all(e == turn for e, _ in parts) and turn.stacks(place)
+    stack = {k: torch.stack([w[k] for _, w in parts]) for k in parts[0][1]}
+    return turn, {k: t if t.dim() == 3 else t[:, None] for k, t in stack.items()}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_R24_eight_roads_cost_less_than_eight_loras_by_bmm(device):
     if device == "cuda" and not torch.cuda.is_available():
@@ -765,18 +761,53 @@ def test_R24_eight_roads_cost_less_than_eight_loras_by_bmm(device):
         torch.randn(*shape, generator=draw).to(device) for shape in ((n, 1, d), (n, d, rank), (n, rank, d), (n, 1, d))
     )
     place = Place(lambda x: x, d, d, "q", "0.q")
-    edit, w = served(n, place, device)
+    edit, w = worn(n, place, RoAd())
+    w = {k: t.to(device) for k, t in w.items()}
     road = seconds(lambda: edit.after(w, x, y, Call(place)), device)
     lora = seconds(lambda: y + torch.bmm(torch.bmm(x, A), B), device)
-    assert road < 1.5 * lora, (road, lora)  # loose: on a CPU that others use, too
+    assert road < lora, (road, lora)
 
 
-def served(n: int, place: Place, device: str = "cpu"):
-    """(edit, tensors of n RoAds, one a row) as they are worn when nothing is trained."""
-    parts = [
-        RoAd(variant=v).folded(drawn(RoAd(variant=v), place, i, torch.float32), place)
-        for i, v in zip(range(n), [1] * n)
-    ]
-    edit = parts[0][0]
-    assert all(e == edit for e, _ in parts) and edit.stacks(place)
-    return edit, {k: torch.stack([w[k] for _, w in parts])[:, None].to(device) for k in parts[0][1]}
+def operations(host, plan, inputs) -> dict[str, int]:
+    """ATen operations of one decoding step, and how often each is called."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad(), host.using(*plan):
+        past = host.model(**inputs, use_cache=True).past_key_values
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        step = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": mask, "past_key_values": past}
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            host.model(**step)
+    return {e.key: e.count for e in seen.key_averages() if e.key.startswith("aten::")}
+
+
+@pytest.mark.parametrize("variants", [(1,), (2, 4)], ids=str)
+def test_R25_serving_takes_no_cosines_and_no_turn_per_adapter(variants):
+    host = inlay.attach(base("llama"))
+    for i in range(16):
+        host.add(f"s{i}", RoAd(variant=variants[i % len(variants)], blocks="0-0.5" if i > 7 else "0-1"))
+    excite(host, 0.3)
+    inputs = batch(16)
+    bare = operations(host, (None,), inputs)
+    few, many = (operations(host, [f"s{i % n}" for i in range(16)], inputs) for n in (2, 16))
+    angles = ("aten::cos", "aten::sin", "aten::polar")  # some are the base's rotary embedding's
+    assert all(few.get(k, 0) == many.get(k, 0) == bare.get(k, 0) for k in angles)
+    assert few == many and few != bare
+
+
+ALSO = [RoAd(variant=4, blocks="0.5-1"), RoAdLoRA(rank=4, blocks="0-0.5")]
+
+
+@pytest.mark.parametrize("edit", [*EDITS, *ALSO], ids=str)
+def test_what_serving_computes_is_what_training_computes(edit):
+    W, b, place = layer(torch.float32)
+    x = torch.randn(3, 2, D_IN)
+    y = linear(x, W, b)
+    turn, w = worn(3, place, edit)
+    got = turn.after(w, x, y, Call(place))
+    for i in range(3):
+        alone = edit.after(drawn(edit, place, i, torch.float32), x[i : i + 1], y[i : i + 1], Call(place))[0]
+        if isinstance(edit, RoAdLoRA):
+            torch.testing.assert_close(got[i], alone, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(got[i], alone)

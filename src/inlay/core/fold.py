@@ -76,6 +76,9 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
         tensors: place key -> what `edit` is given there; tensors that places share are the same objects everywhere.
         dtype: of the vector.
     """
+    # In the vector's type before anything is computed: on a float64 base, cosines of float32 angles are float64 too.
+    wide = {id(t): t.to(dtype) if t.is_floating_point() else t for w in tensors.values() for t in w.values()}
+    tensors = {key: {k: wide[id(t)] for k, t in w.items()} for key, w in tensors.items()}
     first = tensors[places[0].key]
     shared = {k: t for k, t in first.items() if len(places) > 1 and all(tensors[p.key].get(k) is t for p in places)}
     edits: dict[str, Edit] = {}

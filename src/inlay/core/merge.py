@@ -119,7 +119,7 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
 
 
 def _once(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Correctly rounded: PyTorch goes from float64 to 16 bits by way of float32, which would round some values twice."""
+    """Correctly rounded: PyTorch goes from float64 to 16 bits by way of float32 and would round some values twice."""
     if dtype.itemsize > 2 or value.dtype != torch.float64:
         return value.to(dtype)
     near = value.float()

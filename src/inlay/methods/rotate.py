@@ -21,6 +21,57 @@ from inlay.core.start import kaiming
 WHOLE = "0-1"
 
 
+# ---- pairs: i and i + group / 2 in each group; neighbours are groups of two ------------------------------------------
+def pairs(t: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(..., D) -> its first and second members (..., D / 2)."""
+    if group == 2:
+        return t[..., 0::2], t[..., 1::2]
+    cut = t.unflatten(-1, (-1, 2, group // 2))
+    return cut[..., 0, :].flatten(-2), cut[..., 1, :].flatten(-2)
+
+
+def join(first: Tensor, second: Tensor, group: int) -> Tensor:
+    """The same back."""
+    if group == 2:
+        return torch.stack([first, second], -1).flatten(-2)
+    half = (-1, group // 2)
+    return torch.stack([first.unflatten(-1, half), second.unflatten(-1, half)], -2).flatten(-3)
+
+
+def paired(t: Tensor) -> Tensor:
+    """Neighbours as complex numbers (..., D / 2)."""
+    if t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1]):
+        t = t.clone(memory_format=torch.contiguous_format)  # a view of a longer vector may begin anywhere
+    return torch.view_as_complex(t.unflatten(-1, (-1, 2)))
+
+
+def spin(y: Tensor, c: Tensor) -> Tensor:
+    """Neighbours, as complex numbers, times c (D / 2): one pass for a turn and a stretch."""
+    return torch.view_as_real(paired(y) * c).flatten(-2)
+
+
+def turn(y: Tensor, R1: Tensor, R2: Tensor, group: int) -> Tensor:
+    """R1 * y + R2 * y^."""
+    if group == 2:
+        hat = torch.view_as_real(1j * paired(y)).flatten(-2)
+    else:
+        first, second = pairs(y, group)
+        hat = join(-second, first, group)
+    return (R1 * y).addcmul_(R2, hat)
+
+
+def at_last(call: Call, y: Tensor, new: Tensor) -> Tensor:
+    """`new` at the last token of a row's prompt, y elsewhere."""
+    at_BT = call.position_BT(y.shape[1])
+    here = (at_BT >= 0) & (at_BT == call.prompt_B[:, None] - 1)
+    return torch.where(here[..., None], new, y)
+
+
+def decoding(call: Call, tokens: int) -> bool:
+    """Whether this is a step behind the prompt."""
+    return bool(call.seen) and tokens == 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoAd(Edit):
     """R y with R block-diagonal, one 2 x 2 block a pair of outputs (bias included).  Liao & Monz 2024,
@@ -102,27 +153,20 @@ class RoAd(Edit):
         return {"theta": torch.zeros(size), "a": torch.ones(size)}
 
     @property
-    def _neighbours(self) -> bool:
-        return self.pairing == "adjacent" or self.group == 2
+    def pitch(self) -> int:
+        """Size of the groups within which outputs pair up."""
+        return 2 if self.pairing == "adjacent" else self.group
 
-    def _pairs(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., D) -> its first and second members (..., D / 2)."""
-        if self._neighbours:
-            return t[..., 0::2], t[..., 1::2]
-        cut = t.unflatten(-1, (-1, 2, self.group // 2))
-        return cut[..., 0, :].flatten(-2), cut[..., 1, :].flatten(-2)
-
-    def _join(self, first: Tensor, second: Tensor) -> Tensor:
-        if self._neighbours:
-            return torch.stack([first, second], -1).flatten(-2)
-        half = (-1, self.group // 2)
-        return torch.stack([first.unflatten(-1, half), second.unflatten(-1, half)], -2).flatten(-3)
+    @property
+    def spins(self) -> bool:
+        """Whether a block is one complex number."""
+        return self.variant == 1 and self.pitch == 2
 
     def rows(self, w: Weights) -> tuple[Tensor, Tensor]:
         """(R1, R2) of the outputs that are turned: the diagonal, and the off-diagonal magnitudes."""
         cos, sin = w["a"] * w["theta"].cos(), w["a"] * w["theta"].sin()
         if self.variant == 1:
-            return self._join(cos, cos), self._join(sin, sin)
+            return join(cos, cos, self.pitch), join(sin, sin, self.pitch)
         return (cos, sin) if self.variant == 2 else (cos.chunk(2)[0], sin.chunk(2)[1])
 
     def whole(self, w: Weights, place: Place) -> dict[str, Tensor]:
@@ -136,34 +180,30 @@ class RoAd(Edit):
 
         return {"theta": filled(w["theta"], 0.0), "a": filled(w["a"], 1.0)}
 
-    def _turned(self, w: Weights, y: Tensor) -> Tensor:
-        """R y over the outputs that are turned."""
-        if self._neighbours:
-            # A pair is a complex number: one block turns and stretches it as a product does, y^ is i y.
-            z = torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous())
-            if self.variant == 1:
-                return torch.view_as_real(z * torch.polar(w["a"], w["theta"])).flatten(-2)
-            R1, R2 = self.rows(w)
-            return R1 * y + R2 * torch.view_as_real(1j * z).flatten(-2)
-        R1, R2 = self.rows(w)
-        first, second = self._pairs(y)
-        return R1 * y + R2 * self._join(-second, first)
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        w = {**w, **self.whole(w, place)}
+        every = replace(self, blocks=WHOLE)
+        edit = Turn(group=self.pitch, positions=self.positions)
+        if self.spins:
+            return edit, {"c": torch.view_as_real(torch.polar(w["a"], w["theta"])).flatten(-2)}
+        return edit, dict(zip(("R1", "R2"), every.rows(w), strict=True))
+
+    def idle(self, call: Call, tokens: int) -> bool:
+        return self.positional and decoding(call, tokens)
 
     def everywhere_after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """What is said instead of y where the positions ask for it."""
         lo, hi = self.span(call.place)
-        new = self._turned(w, y[..., lo:hi])
+        part = y[..., lo:hi]
+        new = spin(part, torch.polar(w["a"], w["theta"])) if self.spins else turn(part, *self.rows(w), self.pitch)
         return new if hi - lo == y.shape[-1] else torch.cat([y[..., :lo], new, y[..., hi:]], -1)
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         y = y.to(w["a"].dtype)
-        if self.positions == "all":
-            return self.everywhere_after(w, x, y, call)
-        if call.seen and y.shape[1] == 1:  # a decoding step is behind the prompt
+        if self.idle(call, y.shape[1]):
             return y
-        at_BT = call.position_BT(y.shape[1])
-        here = (at_BT >= 0) & (at_BT == call.prompt_B[:, None] - 1)
-        return torch.where(here[..., None], self.everywhere_after(w, x, y, call), y)
+        new = self.everywhere_after(w, x, y, call)
+        return at_last(call, y, new) if self.positional else new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +236,39 @@ class RoAdLoRA(RoAd):
             "B": torch.zeros(place.d_out, self.rank),
         }
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        edit, turned = super().folded(w, place)
+        return edit, {**turned, "A": w["A"], "B": self.alpha / self.rank * w["B"]}
+
     def everywhere_after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         x = dropout(x, self.dropout, call.training)
         turned = super().everywhere_after(w, x, y, call)
         return low_rank(x, w["A"], w["B"], self.alpha / self.rank, onto=turned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(Edit):
+    """What every RoAd comes to once it is trained: R1 * y + R2 * y^, or c y where a block is one complex number, and
+    B A x beside it. No angles, and the same cost for all variants and blocks."""
+
+    group: int = 2
+    positions: Literal["all", "last-prompt"] = "all"
+
+    @property
+    def positional(self) -> bool:  # type: ignore[override]
+        return self.positions != "all"
+
+    def stacks(self, place: Place) -> bool:
+        return not self.positional
+
+    def idle(self, call: Call, tokens: int) -> bool:
+        return self.positional and decoding(call, tokens)
+
+    def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
+        new = spin(y, paired(w["c"])) if "c" in w else turn(y, w["R1"], w["R2"], self.group)
+        if "A" in w:
+            new = low_rank(x, w["A"], w["B"], 1.0, onto=new)
+        return at_last(call, y, new) if self.positional else new
 
 
 # ---- one adapter from another ----------------------------------------------------------------------------------------
@@ -215,8 +284,8 @@ def inverse(host: Host, name: str, new: str) -> Host:
     """Hang, as `new`, the RoAd that undoes RoAd `name`; merged into a base that holds `name`, it restores that base to
     rounding. (`Merged.undo` restores it bit for bit, from kept copies.)
 
-    A block [[p, -q], [r, s]] has the inverse [[s, q], [-r, p]] / (p s + q r). RoAd_1's is a RoAd_1, that of the others a
-    RoAd_2. Raises InlayError where a block is singular (a = 0): nothing undoes it.
+    A block [[p, -q], [r, s]] has the inverse [[s, q], [-r, p]] / (p s + q r). RoAd_1's is a RoAd_1, that of the others
+    a RoAd_2. Raises InlayError where a block is singular (a = 0): nothing undoes it.
     """
     return _hang(host, name, new, _inverse)
 
@@ -225,7 +294,7 @@ def _inverse(edit: RoAd, w: Weights, key: str) -> tuple[RoAd, dict[str, Tensor]]
     if edit.kind != "road":
         raise InlayError(f"the inverse of {edit.kind} is no {edit.kind}; merge with kept copies and undo instead")
     R1, R2 = edit.rows(w)
-    (p, s), (q, r) = edit._pairs(R1), edit._pairs(R2)
+    (p, s), (q, r) = pairs(R1, edit.pitch), pairs(R2, edit.pitch)
     det = p * s + q * r
     if bool((det == 0).any()):
         raise InlayError(
@@ -234,7 +303,7 @@ def _inverse(edit: RoAd, w: Weights, key: str) -> tuple[RoAd, dict[str, Tensor]]
         )
     if edit.variant == 1:
         return edit, {"theta": -w["theta"], "a": 1 / w["a"]}
-    rows = edit._join(s / det, p / det), edit._join(-q / det, -r / det)
+    rows = join(s / det, p / det, edit.pitch), join(-q / det, -r / det, edit.pitch)
     return replace(edit, variant=2), _polar(*rows)
 
 
@@ -247,7 +316,7 @@ Change = Callable[[RoAd, Weights, str], tuple[RoAd, dict[str, Tensor]]]
 
 @torch.no_grad()
 def _hang(host: Host, name: str, new: str, change: Change) -> Host:
-    """Another adapter at the places of a RoAd, each place's tensors computed from its own; those not named are copied."""
+    """Another adapter at the places of a RoAd, its tensors computed place by place; those not computed are copied."""
     by_place = host.by_place(name)
     edit = host.edits[name]
     if not isinstance(edit, RoAd):
