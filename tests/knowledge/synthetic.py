@@ -32,7 +32,7 @@ def table(n: int = 120, wide: int = 24, seed: int = 0) -> dict:
 
 def run(made: dict, seed: int = 0, name: str = "lora", **more) -> dict:
     """Snapshots of items that wander, then arrive; the far ones late."""
-    draw = np.random.default_rng(seed + 100)
+    draw = np.random.default_rng([seed, *name.encode()])
     n, d0 = len(made["id"]), np.asarray(made["tsd"])
     target, answer = unit(made["features"]), unit(made["answer_features"])
     when = draw.exponential(60, n) * (0.5 + d0)
@@ -73,11 +73,11 @@ def run(made: dict, seed: int = 0, name: str = "lora", **more) -> dict:
     return made_run | more
 
 
-def study(n: int = 120, seed: int = 0) -> dict:
+def study(n: int = 120, seed: int = 0, seeds: int = 3) -> dict:
     """All parts of a report."""
     draw = np.random.default_rng(seed)
     made = table(n, seed=seed)
-    runs = [run(made, s, m) for m in ("lora", "series", "prefix") for s in range(3)]
+    runs = [run(made, s, m) for m in ("lora", "series", "prefix") for s in range(seeds)]
     block = np.equal.outer(made["relation"][:24], made["relation"][:24])
     gradients = 0.4 * block + 0.15 * draw.normal(size=(24, 24))
     np.fill_diagonal(gradients, 1)
@@ -95,10 +95,13 @@ def study(n: int = 120, seed: int = 0) -> dict:
         }
         for k, d, r in ((1, 0.0, 0.95), (4, 0.01, 0.9), (24, 0.05, 0.6), (96, 0.2, 0.3), (360, 0.4, 0.1))
     ]
-    random = [{"mean_distance": draw.normal(0.55, 0.02), "spread": draw.normal(0.8, 0.01)} for _ in range(60)]
-    front = [
-        {"lam": k, "mean_distance": 0.3 + 0.05 * i, "spread": 0.7 + 0.05 * i} for i, k in enumerate((0, 0.5, 1, 2, 4))
-    ]
+    front = {
+        "lam": [0, 0.5, 1, 2, 4],
+        "distance": [0.3, 0.31, 0.35, 0.4, 0.48],
+        "spread": [0.7, 0.75, 0.8, 0.83, 0.85],
+        "random_distance": draw.normal(0.55, 0.02, 60),
+        "random_spread": draw.normal(0.8, 0.01, 60),
+    }
     names = (
         "random subset",
         "lowest distance",
@@ -141,7 +144,7 @@ def study(n: int = 120, seed: int = 0) -> dict:
             },
             {"name": "series", "curve": [{**p, "drop": p["drop"] / 2} for p in curve]},
         ],
-        "filter": {"front": front, "random": random, "chosen": 1, "tsd": made["tsd"], "kept": made["tsd"] < 0.6},
+        "filter": {"front": front, "chosen": 1, "tsd": made["tsd"], "kept": made["tsd"] < 0.6},
         "weights": {
             "steps": [0, 50, 100],
             "weights": [np.ones(n), draw.lognormal(0, 0.3, n), draw.lognormal(0, 0.6, n)],

@@ -17,7 +17,7 @@ from tests.knowledge.synthetic import study
 
 @pytest.fixture(scope="module")
 def made():
-    return study(60)
+    return study(40, seeds=1)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def _anchor(title: str) -> str:
 
 
 def _figure(one: Drawn) -> str:
-    image = base64.b64encode(one.png()).decode()
+    image = base64.b64encode(one.png).decode()
     return (
         f'<figure id="{escape(one.name)}"><h3>{escape(one.title)}</h3><figcaption>{escape(one.words)}</figcaption>'
         f'<img alt="{escape(one.title)}" src="data:image/png;base64,{image}">'

@@ -78,6 +78,17 @@ def shown(data: Data) -> list[dict[str, Any]]:
     return list(first.values())
 
 
+def start(data: Data) -> list[Drawn]:
+    """Distances before training, of tables whose runs are drawn, or of all where there are no runs."""
+    names = dict.fromkeys(r["table"] for r in shown(data)) or data.get("tables", {})
+    made = []
+    for name in names:
+        table = data["tables"][name]
+        drawn = figures.distances(table["tsd"], table["em0"], table["relation"], _name("distances", str(name)))
+        made.append(Drawn(drawn.name, f"{drawn.title}: {name}", drawn.words, drawn.figure, drawn.twin))
+    return made
+
+
 def away(data: Data) -> list[Drawn]:
     """Deviation with its null, states and trajectories of one run a regime."""
     made = []
@@ -173,7 +184,7 @@ def remedies(data: Data) -> list[Drawn]:
     """Filter, weights, controls, and what all runs learned and lost."""
     made = []
     if found := data.get("filter"):
-        made.append(figures.filter_front(found["front"], found["random"], found.get("chosen")))
+        made.append(figures.filter_front(found["front"], found.get("chosen")))
         made.append(figures.kept_histogram(found["tsd"], found["kept"]))
     if found := data.get("weights"):
         made.append(figures.weight_histogram(found["steps"], found["weights"]))
@@ -209,6 +220,7 @@ def outcome(data: Data) -> list[Drawn]:
 
 SECTIONS: dict[str, Callable[[Data], list[Drawn]]] = {
     "What was learned, and what it cost": outcome,
+    "Before training": start,
     "Accuracy and distance": accuracy,
     "Moving away": away,
     "Feature space": space,

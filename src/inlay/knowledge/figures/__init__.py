@@ -1,6 +1,6 @@
 """Figures of knowledge learning: each a picture, the numbers in it, and two sentences that explain it."""
 
-from inlay.knowledge.figures.curves import accuracy, deviations, state_shares, trajectories
+from inlay.knowledge.figures.curves import accuracy, deviations, distances, state_shares, trajectories
 from inlay.knowledge.figures.outcomes import (
     controls,
     filter_front,
@@ -17,6 +17,7 @@ __all__ = [
     "accuracy",
     "controls",
     "deviations",
+    "distances",
     "filter_front",
     "frame",
     "heat_map",

@@ -174,3 +174,31 @@ def trajectories(steps: Sequence[int], distance_SN: Any, most: int = 60, name: s
     )
     twin = {"steps": plain(list(steps)), "distance": plain(d), "median": plain(np.median(d, 1))}
     return Drawn(name, "Distances while training", words, figure, twin)
+
+
+def distances(tsd: Any, em0: Any, relation: Sequence[str], name: str = "distances") -> Drawn:
+    """Starting distances of the items that the base gets wrong, by relation."""
+    d, wrong = np.asarray(tsd, float), np.asarray(em0, float) == 0
+    kinds = np.asarray(relation, dtype=object)
+    names = sorted(set(kinds[wrong]), key=str)
+    shown = names[: len(LINES) - 1]
+    stacks = [d[wrong & (kinds == k)] for k in shown]
+    labels = [f"{k or 'items'} ({len(s)})" for k, s in zip(shown, stacks, strict=True)]
+    if rest := names[len(shown) :]:
+        stacks.append(d[wrong & np.isin(kinds, rest)])
+        labels.append(f"{len(rest)} others ({len(stacks[-1])})")
+    figure, axes = sheet(wide=6.2)
+    edges = np.linspace(0, max(1.0, float(d.max(initial=0))), 31)
+    if stacks:
+        axes.hist(stacks, edges, stacked=True, color=LINES[: len(stacks)], label=labels)
+    say(axes, DISTANCE, "items")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    words = (
+        f"How far the base's answers are from the right ones before training. {int((~wrong).sum())} of {len(d)} are "
+        "right already and not drawn."
+    )
+    twin = {
+        "edges": plain(edges),
+        "counts": {k: plain(np.histogram(s, edges)[0]) for k, s in zip(labels, stacks, strict=True)},
+    }
+    return Drawn(name, "Distances before training", words, figure, {**twin, "known": int((~wrong).sum())})

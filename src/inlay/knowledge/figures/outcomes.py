@@ -54,27 +54,20 @@ def interference(series: Mapping[str, Sequence[Mapping[str, Any]]], name: str = 
     return Drawn(name, "Interference of facts learned together", words, figure, plain({"series": dict(series)}))
 
 
-def filter_front(
-    front: Sequence[Mapping[str, float]], cloud: Sequence[Mapping[str, float]], chosen: float | None = None
-) -> Drawn:
-    """Mean distance against spread of what filters keep: the front over `lam`, and random subsets of the same size."""
+def filter_front(front: Mapping[str, Sequence[float]], chosen: float | None = None) -> Drawn:
+    """Mean distance against spread of what filters keep: `inlay.knowledge.select.front` as it is."""
     figure, axes = sheet(wide=5.6)
-    axes.scatter(
-        *[[p[k] for p in cloud] for k in ("mean_distance", "spread")],
-        s=12,
-        color=GREY,
-        alpha=0.5,
-        label="random subsets",
-    )
-    points = sorted(front, key=lambda p: p["lam"])
-    x, y = ([p[k] for p in points] for k in ("mean_distance", "spread"))
-    axes.plot(x, y, color=BLUE, marker="o", markersize=4, label="filter, over λ")
-    told: set[tuple[float, float]] = set()
-    for p, a, b in zip(points, x, y, strict=True):
-        if all(abs(a - u) + abs(b - v) > 0.004 for u, v in told):
-            axes.annotate(f"λ={p['lam']:g}", (a, b), textcoords="offset points", xytext=(6, -9), fontsize=7.5)
-            told.add((a, b))
-        if chosen is not None and p["lam"] == chosen:
+    cloud = front["random_distance"], front["random_spread"]
+    axes.scatter(*cloud, s=12, color=GREY, alpha=0.5, label="random subsets")
+    points = sorted(zip(front["lam"], front["distance"], front["spread"], strict=True))
+    axes.plot([p[1] for p in points], [p[2] for p in points], color=BLUE, marker="o", markersize=4, label="filter")
+    told: list[tuple[float, float]] = []
+    near = 0.02 * np.array([np.ptp([p[1] for p in points]) or 1, np.ptp([p[2] for p in points]) or 1])
+    for lam, a, b in points:
+        if all(abs(a - u) > near[0] or abs(b - v) > near[1] for u, v in told):
+            axes.annotate(f"λ={lam:g}", (a, b), textcoords="offset points", xytext=(6, -9), fontsize=7.5)
+            told.append((a, b))
+        if chosen is not None and lam == chosen:
             axes.plot(a, b, marker="o", markersize=10, markerfacecolor="none", color=RED, linewidth=0, label="chosen")
     say(axes, "mean target semantic distance of what is kept", "spread of the kept targets' features")
     legend(axes, loc="best")
@@ -82,7 +75,7 @@ def filter_front(
         "What a filter can trade: facts near to what the model says (left) against facts unlike each other (up). The "
         "blue line is the best trade for each weight λ of spread; grey dots are random subsets of the same size."
     )
-    twin = plain({"front": list(points), "random": list(cloud), "chosen": chosen})
+    twin = plain({"front": dict(front), "chosen": chosen})
     return Drawn("filter_front", "What the filter trades", words, figure, twin)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -42,6 +43,7 @@ class Drawn:
     twin: dict[str, Any]
     """All numbers of the figure."""
 
+    @functools.cached_property
     def png(self) -> bytes:
         """The picture."""
         out = io.BytesIO()
@@ -50,7 +52,7 @@ class Drawn:
 
     def save(self, folder: Path) -> None:
         """Write `<name>.png` and `<name>.json`."""
-        replace_file(folder / f"{self.name}.png", lambda f: f.write_bytes(self.png()))
+        replace_file(folder / f"{self.name}.png", lambda f: f.write_bytes(self.png))
         told = {"name": self.name, "title": self.title, "words": self.words, **self.twin}
         write_text(folder / f"{self.name}.json", json.dumps(plain(told), ensure_ascii=False) + "\n")
 
