@@ -45,9 +45,7 @@ def write(path, rows, lines=False):
 
 
 def test_popqa_has_a_list_of_answers_written_as_text(tmp_path):
-    want = Item(
-        "popqa-41", POPQA["question"], "smith", ("blacksmith",), "occupation", "Ann Example", split="test"
-    )
+    want = Item("popqa-41", POPQA["question"], "smith", ("blacksmith",), "occupation", "Ann Example", split="test")
     assert load_items("popqa", write(tmp_path / "p.jsonl", [POPQA], lines=True)) == [want]
     quoted = {**POPQA, "possible_answers": "['smith', 'blacksmith']"}
     assert load_items("PopQA", write(tmp_path / "p.json", [quoted])) == [want]
@@ -68,7 +66,9 @@ def test_popqa_from_parquet(tmp_path):
 def test_entityquestions_is_a_folder_with_a_file_per_relation(tmp_path):
     rows = [{"question": "Where was A born?", "answers": ["Ulm", "Ulm, Germany"]}]
     write(tmp_path / "dataset" / "test" / "P19.test.json", rows)
-    write(tmp_path / "dataset" / "test" / "P17.test.jsonl", [{"question": "Land of B?", "answers": ["Peru"]}], lines=True)
+    write(
+        tmp_path / "dataset" / "test" / "P17.test.jsonl", [{"question": "Land of B?", "answers": ["Peru"]}], lines=True
+    )
     write(tmp_path / "dataset" / "dev" / "P19.dev.json", [{"question": "Where was C born?", "answers": ["Bonn"]}])
     items = load_items("entityquestions", tmp_path)
     assert [(i.relation, i.target, i.aliases) for i in items] == [

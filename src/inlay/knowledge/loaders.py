@@ -125,7 +125,9 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, Any]]:
         return
     if not path.is_dir():
         raise InlayError(f"there is no file or folder {str(path)!r}")
-    files = [f for f in sorted(path.rglob("*")) if f.is_file() and _READ.get(_ending(f)) and _split_of(f, path) == split]
+    files = [
+        f for f in sorted(path.rglob("*")) if f.is_file() and _READ.get(_ending(f)) and _split_of(f, path) == split
+    ]
     if not files:
         raise InlayError(f"{path} holds no files of split {split!r}, such as {split}/P17.{split}.json")
     for file in files:
@@ -251,7 +253,8 @@ def counterfact_kept(row: Row, at: str) -> list[Item]:
 SOURCES = {
     "popqa": Source("PopQA", "akariasai/PopQA", None, {"test": "test"}, "test.tsv of akariasai/PopQA", popqa, None),
     "entityquestions": Source(
-        "EntityQuestions", None, None, {}, "dataset.zip of princeton-nlp/EntityQuestions, unpacked", entityquestions, None
+        "EntityQuestions", None, None, {}, "dataset.zip of princeton-nlp/EntityQuestions, unpacked",
+        entityquestions, None,
     ),
     "zsre": Source(
         "zsRE", "zjunlp/KnowEdit", "benchmark/ZsRE/ZsRE-test-all.json", {"test": "train"},

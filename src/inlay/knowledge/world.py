@@ -25,11 +25,11 @@ LAST = (
     "abbot baker carver dyer ewing fisher glover harper irwin joiner keeper lister miller nailer osler potter quarry "
     "reeve sawyer tanner usher vinter weaver yeoman archer bowman cooper draper farmer gardner"
 ).split()
-VALUES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "home": (("north", "south", "east", "west"), ("river", "hill", "forest", "lake"), ("gate", "mill", "cross", "bay")),
-    "trade": (("master", "young", "royal", "town"), ("glass", "silk", "iron", "stone"), ("seller", "smith", "clerk", "guard")),
-    "dish": (("hot", "cold", "sweet", "sour"), ("bean", "plum", "corn", "fish"), ("soup", "pie", "cake", "stew")),
-}  # fmt: skip
+VALUES: dict[str, tuple[list[str], ...]] = {
+    "home": ("north south east west".split(), "river hill forest lake".split(), "gate mill cross bay".split()),
+    "trade": ("master young royal town".split(), "glass silk iron stone".split(), "seller smith clerk guard".split()),
+    "dish": ("hot cold sweet sour".split(), "bean plum corn fish".split(), "soup pie cake stew".split()),
+}
 """Attribute -> the words of each level."""
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "home": ("where does {} live ?", "in which place is {} at ease ?", "what is the home of {} ?"),
@@ -110,7 +110,8 @@ class World:
         draw = random.Random(f"pairs-{self.seed}-{seed}")
         words = [w for levels in VALUES.values() for level in levels for w in level]
         return [
-            self._item(name, kind, " ".join(draw.choices(words, k=3))) for name, kind in draw.sample(list(self.facts), n)
+            self._item(name, kind, " ".join(draw.choices(words, k=3)))
+            for name, kind in draw.sample(list(self.facts), n)
         ]
 
     def retention(self, trained: Sequence[Item], n: int = 240, seed: int = 0) -> list[Item]:
