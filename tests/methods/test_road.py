@@ -346,6 +346,24 @@ def test_R14_every_road_is_a_road2(variant, settings):
     torch.testing.assert_close(logits(host, "a", **batch()), logits(host, "b", **batch()), rtol=0, atol=1e-11)
 
 
+def test_R14_from_the_command_line(tmp_path):
+    from inlay.cli import main
+
+    model, _ = inlay.load_base("tiny-llama", device="cpu")
+    host = inlay.attach(model)
+    host.add("a", RoAd(variant=4), at="q,up")
+    excite(host, 0.3)
+    inlay.save(host, "a", tmp_path / "road4")
+    assert main(["convert", str(tmp_path / "road4"), str(tmp_path / "road2"), "--model", "tiny-llama", "--road2"]) == 0
+    name = inlay.load(host, tmp_path / "road2")
+    assert host.edits[name] == RoAd(variant=2) and 2 * host.count(name) == host.count("a")
+    torch.testing.assert_close(logits(host, name, **batch()), logits(host, "a", **batch()), rtol=1e-4, atol=1e-5)
+    host.add("lora", inlay.method("lora").make(rank=2), at="q")
+    inlay.save(host, "lora", tmp_path / "lora")
+    wrong = ["convert", str(tmp_path / "lora"), str(tmp_path / "no"), "--model", "tiny-llama", "--road2"]
+    assert main(wrong) == 2 and not (tmp_path / "no").exists()
+
+
 def test_R15_road1_commutes_and_adds_up_and_road2_does_not():
     edit, place = RoAd(), layer()[2]
     v, w, h = drawn(edit, place, 1), drawn(edit, place, 2), torch.randn(9, D_OUT, dtype=torch.float64)

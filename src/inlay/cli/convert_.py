@@ -26,6 +26,8 @@ class ConvertSettings:
     """`peft` keeps the method; `vllm` writes any additive linear adapter as one plain LoRA."""
     rank: int | None = None
     """For vllm: the widest rank; what is wider is cut, and the error is printed."""
+    road2: bool = False
+    """Write a RoAd as the RoAd_2 that it equals: of RoAd_4, half the numbers and the same function."""
 
 
 def run(s: ConvertSettings) -> None:
@@ -48,6 +50,11 @@ def run(s: ConvertSettings) -> None:
     model, _ = load_base(s.model)
     host = attach(model)
     name = formats.read(host, s.source)
+    if s.road2:
+        from inlay.methods.rotate import to_road2
+
+        read, name = name, f"{name}-road2"
+        to_road2(host, read, name)
     out = Console(highlight=False)
     if s.to == "inlay":
         save(host, name, s.target, about={"converted_from": kind})
@@ -70,5 +77,6 @@ VERB = Verb(
         "inlay convert runs/math/adapter math-peft --model tiny-llama --to peft",
         "inlay convert old/llm-adapters-run mine --model yahma/llama-7b-hf",
         "inlay convert runs/math/adapter math-vllm --model tiny-llama --to vllm --rank 16",
+        "inlay convert runs/road4/adapter road2 --model tiny-llama --road2",
     ),
 )

@@ -104,6 +104,8 @@ def _adapter_bytes(host: Host, name: str, place: Place) -> int:
         read = 0
     elif wiring == "output" or edit.kind == "road":
         read = place.d_out
+    elif edit.kind == "road-lora":
+        read = place.d_out + place.d_in
     else:
         read = place.d_in
     inner = getattr(edit, "rank", 0) + 2 * getattr(edit, "size", 0)
