@@ -251,12 +251,13 @@ class Adapters:
         self.host._order = self.host._ready = None
 
     def _try(self, hung: str) -> None:
-        """A forward of one token: what fails here would fail in a batch with others."""
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self.host.device)
+        """A forward of a few tokens: what fails here would fail in a batch with others."""
+        ids = torch.arange(4, device=self.host.device)[None]
         with quiet(self.host), self.host.using(hung):
             logits = self.host.model(input_ids=ids, use_cache=False).logits
-        if not logits.isfinite().all():
-            raise Refused("the adapter makes logits that are not finite", 422, "adapter_broken", "source")
+        own = [t for t in self.host.tensors(hung).values() if t.is_floating_point()]  # attention may hide a NaN
+        if not all(t.isfinite().all() for t in (logits, *own)):
+            raise Refused("the adapter's tensors, or what it says, are not finite", 422, "adapter_broken", "source")
 
     def _retire(self, version: Version | None) -> None:
         if version is not None:

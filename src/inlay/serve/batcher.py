@@ -103,8 +103,7 @@ class Batcher:
         self.longest = min(longest, context(host) or longest)
         self.most_waiting, self.rows = waiting, rows
         self.post = post or (lambda call: call())
-        self._new = lambda: Running(host, tokenizer, rows, self.longest, prefill)
-        self._running = self._new()
+        self._running = Running(host, tokenizer, rows, self.longest, prefill)
         self._jobs: dict[Row, Job] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -215,15 +214,10 @@ class Batcher:
             with self._running.active():
                 while self._running.busy and self._inbox.empty() and not self._running.cache.due:
                     self._step()
-        except Exception as e:  # of an adapter or of the machine (memory); other requests go on
+        except Exception as e:  # of an adapter or of the machine (memory); rows that were not fed go on
             log.exception("a step failed")
             failed = [self._jobs[row] for row in self._running.fed if row in self._jobs]
             self._end(failed, "failed", Refused(f"the model failed: {type(e).__name__}: {e}", 500, "model_failed"))
-            for row in [row for row in self._jobs if row.tokens]:  # whose keys may be half written
-                self._end([self._jobs[row]], "failed", Refused("another request broke this batch", 500, "model_failed"))
-            kept = list(self._jobs)
-            self._running = self._new()
-            self._running.waiting.extend(kept)
 
     def _step(self) -> None:
         start = time.monotonic()
