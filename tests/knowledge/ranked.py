@@ -1,0 +1,30 @@
+"""A weighted run, also for several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from inlay.knowledge.objective import Semantic, embeddings, plain
+from inlay.knowledge.settings import KnowSettings
+
+DISTANCES = [0.0, 0.3, 0.9, 0.1, 0.5, 1.4, 0.2, 0.7, 0.35, 1.1, 0.6]
+
+
+def made(host: Any, data: Any, know: KnowSettings | None, beta: float | None = None) -> Semantic | None:
+    """The objective of some settings on rows whose distances are known."""
+    if know is None or plain(know):
+        return None
+    start = know.beta if beta is None else beta
+    x = DISTANCES[: len(data)] if know.signal == "static" else None
+    return Semantic(data, know, float(start), x, embeddings(host), seed=42)
+
+
+def run(out: Path, know: dict[str, Any], changes: dict[str, Any]) -> int:
+    """Six steps on eleven rows; the number taken."""
+    from inlay.train import fit
+    from tests.train.tiny import rows, settings, wearing
+
+    host, data = wearing(), rows(11, prompt=True)
+    goal = made(host, data, KnowSettings(**know))
+    return fit(host, "a", data, [], settings(out, **changes), out, None, objective=goal).steps
