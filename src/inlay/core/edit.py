@@ -54,6 +54,19 @@ class Call:
         )
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """gain * (y - b + s B A x) + b, where y is what the layer says and b its bias."""
+
+    A: Tensor
+    """(R, D_in)."""
+    B: Tensor
+    """(D_out, R)."""
+    s: float
+    gain: Tensor | None = None
+    """(D_out,); None: 1."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """A method: its settings (the fields) and its mathematics. Write `weights` and one of `before`, `after`.
@@ -109,6 +122,11 @@ class Edit:
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """What is passed on instead of y (B, T, D_out); x is what the layer was first given."""
         return y
+
+    def low_rank(self, w: Weights, call: Call) -> LowRank | None:
+        """What `after` says as two thin matrices, for an engine that computes it together with the layer; None where
+        it is anything else."""
+        return None
 
     def rounded(self, w: Weights, dtype: torch.dtype) -> Weights:
         """The tensors in the type of a forward: in 16 bits, the coarse ones only."""

@@ -41,6 +41,13 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return linear(x, W, b)
 
 
+def add_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tensor:
+    """`onto` += s x W^T in place, without gradients: onto (N, D_out), x (N, D_in), W (D_out, D_in)."""
+    if slow_default() and _served(onto, x, W):
+        return onto.add_(product(x, W), alpha=s)
+    return onto.addmm_(x, W.t(), alpha=s)
+
+
 def _uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def plain(ctx: Any, x: Tensor, *rest: Any) -> Any:

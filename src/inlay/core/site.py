@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import route
-from inlay.core.edit import Edit, Weights, phases
+from inlay.core.edit import Edit, LowRank, Weights, phases
 from inlay.core.errors import InlayError
 from inlay.core.fold import Stack
 from inlay.core.place import Place, Spot, widths
@@ -68,6 +68,8 @@ class Site(nn.Module):
         self._host = [host]  # in a list: the host is no child of the layer
         self._layer = [layer]
         self._given: Tensor | None = None
+        self.spoken = False
+        """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
         self._found: tuple[tuple[route.Step, ...] | None, tuple[list[_Worn], list[_Worn]]] = None, ([], [])
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
@@ -166,6 +168,24 @@ class Site(nn.Module):
         new = route.apply(host.strategy, ("before", "after")[phase], jobs, x_, None if y is None else out_.to(dtype))
         return new.reshape(out.shape).to(out.dtype)
 
+    @property
+    def edits_input(self) -> bool:
+        """Whether this forward changes what the layer is given."""
+        return bool(self._worn(self._host[0].now.steps)[0])
+
+    def low_rank(self, x: Tensor) -> LowRank | None:
+        """What `after` will do to a batch of which the layer is given x, if that is one low-rank edit of all rows."""
+        host = self._host[0]
+        before, after = self._worn(host.now.steps)
+        if before or len(after) != 1 or host.precision(x, [after[0][1]]) != x.dtype:
+            return None
+        step, edit, place, w = after[0]
+        call = host.now.call(step, place)
+        if step.rows is not None or isinstance(step, Stack) or edit.positional or edit.idle(call, x.shape[1]):
+            return None
+        w = self.tensors(step.name) if w is None else w
+        return edit.low_rank(edit.rounded(w, x.dtype), call)
+
     def _rows(self, t: Tensor) -> Tensor:
         """(B, T, ...) even where a decoder has flattened rows and tokens into one (OPT's MLP does)."""
         now = self._host[0].now
@@ -194,8 +214,8 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
-        if not self._worn(self._host[0].now.steps)[1]:
-            self._given = None
+        if self.spoken or not self._worn(self._host[0].now.steps)[1]:
+            self._given, self.spoken = None, False
             return None
         x, self._given = self._given, None
         x = _input(args, kwargs)[0] if x is None else x

@@ -43,7 +43,7 @@ def forwards(of: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 def fast_linears(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block, the model's frozen float32 linears compute by `FrozenLinear`, where that is worth it."""
     chosen = [m for m in model.modules() if slow_default() and frozen(m) and m.weight.dtype == torch.float32]
-    return forwards({m: functools.partial(_forward, m) for m in chosen})
+    return forwards({m: functools.partial(plain, m) for m in chosen})
 
 
 def frozen(m: Any) -> bool:
@@ -53,9 +53,14 @@ def frozen(m: Any) -> bool:
     return readable(m.weight) and not any(p.requires_grad for p in m.parameters(recurse=False))
 
 
-def _forward(m: Any, x: Tensor) -> Tensor:
-    W = m.weight if isinstance(m, nn.Linear) else m.weight.t()
-    if x.dtype != torch.float32:
+def weight_of(m: Any) -> Tensor:
+    """A linear's weight (D_out, D_in); transformers' Conv1D keeps it transposed."""
+    return m.weight if isinstance(m, nn.Linear) else m.weight.t()
+
+
+def plain(m: Any, x: Tensor) -> Tensor:
+    """What a frozen linear says of x, in the faster library."""
+    if x.dtype != torch.float32 or m.weight.dtype != torch.float32 or not slow_default():
         return type(m).forward(m, x)
     # Flattened here: what a node makes of views inside itself may not be written in place, and Falcon does.
-    return FrozenLinear.apply(x.flatten(0, -2), W, m.bias).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+    return FrozenLinear.apply(x.flatten(0, -2), weight_of(m), m.bias).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]

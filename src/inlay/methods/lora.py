@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, linear
 
-from inlay.core.edit import Call, Edit, Weights
+from inlay.core.edit import Call, Edit, LowRank, Weights
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
@@ -79,6 +79,10 @@ class LoRA(Edit):
     def stacks(self, place: Place) -> bool:
         return place.role != "embed"
 
+    def low_rank(self, w: Weights, call: Call) -> LowRank | None:
+        drops = self.dropout and call.training
+        return None if drops or "_A0" in w else LowRank(w["A"], w["B"], self.scale)
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():
             return y + self.scale * linear(column(w["A"], x), w["B"])
@@ -128,6 +132,10 @@ class DoRA(LoRA):
         gain, b = self.gain(w, place)
         bias = {"b": (1 - gain) * b[0]} if isinstance(b, Tensor) else {}
         return _Gained(), {"A": w["A"], "B": self.scale * gain[:, None] * w["B"], "gain": gain, **bias}
+
+    def low_rank(self, w: Weights, call: Call) -> LowRank | None:
+        drops = self.dropout and call.training
+        return None if drops else LowRank(w["A"], w["B"], self.scale, self.gain(w, call.place)[0])
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         A, B, s = w["A"], w["B"], self.scale
@@ -187,6 +195,10 @@ class AdaLoRA(Edit):
             "E": torch.zeros(self.rank),
             "P": 0.02 * torch.randn(place.d_out, self.rank),
         }
+
+    def low_rank(self, w: Weights, call: Call) -> LowRank | None:
+        drops = self.dropout and call.training
+        return None if drops else LowRank(w["E"][:, None] * w["Q"], w["P"], self.alpha / self.rank)
 
     def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
         return PLAIN, {"A": w["E"][:, None] * w["Q"], "B": self.alpha / self.rank * w["P"]}

@@ -20,6 +20,7 @@ from inlay.engine import head
 from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example, unlearned
+from inlay.engine.fused import fused_linears
 from inlay.engine.head import Read
 from inlay.engine.linear import fast_linears
 from inlay.engine.pack import Pack, budget, pack, packs, rounding, twice_biased
@@ -136,7 +137,7 @@ class Packed:
         """Attention within sequences, and the faster products."""
         fast, self.host.fast = self.host.fast, True
         try:
-            with apart(self.host), fast_linears(self.host.model):
+            with apart(self.host), fused_linears(self.host), fast_linears(self.host.model):
                 yield
         finally:
             self.host.fast = fast
