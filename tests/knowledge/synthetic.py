@@ -146,8 +146,9 @@ def study(n: int = 120, seed: int = 0, seeds: int = 3) -> dict:
         ],
         "filter": {"front": front, "chosen": 1, "tsd": made["tsd"], "kept": made["tsd"] < 0.6},
         "weights": {
-            "steps": [0, 50, 100],
-            "weights": [np.ones(n), draw.lognormal(0, 0.3, n), draw.lognormal(0, 0.6, n)],
+            "steps": [1, 50, 100],
+            "counts": [[0] * 4 + [3, 26, 3] + [0] * 4, [0, 1, 2, 4, 6, 9, 5, 3, 1, 1, 0], [3] * 11],
+            "edges": [5 ** (2 * i / 9 - 1) for i in range(10)],
         },
         "controls": rows,
     }

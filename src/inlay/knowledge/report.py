@@ -8,7 +8,7 @@ The data is one mapping, as JSON holds it (docs/knowledge.md, "Report"):
                     table, snapshots: [{step, answers, em, distance, state, features?}], deviation?}]
     interference  [{name, curve: [{k, drop, low, high, em, retention, steps, presentations}], gradients?, influence?,
                     suppression?}]
-    filter        {front (`select.front`), chosen, tsd, kept};  weights {steps, weights}
+    filter        {front (`select.front`), chosen, tsd, kept};  weights {steps, counts, edges}
     controls      [{name, against, difference, low, high, em, paraphrase_em, retention, remedy, ...}]
 
 All parts but `schema` may be missing; an accuracy without the retention that goes with it may not.

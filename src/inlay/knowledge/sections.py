@@ -187,7 +187,7 @@ def remedies(data: Data) -> list[Drawn]:
         made.append(figures.filter_front(found["front"], found.get("chosen")))
         made.append(figures.kept_histogram(found["tsd"], found["kept"]))
     if found := data.get("weights"):
-        made.append(figures.weight_histogram(found["steps"], found["weights"]))
+        made.append(figures.weight_histogram(found["steps"], found["counts"], found["edges"]))
     rows = data.get("controls", [])
     for against in dict.fromkeys(r["against"] for r in rows):
         own = [r for r in rows if r["against"] == against]

@@ -80,7 +80,7 @@ class Trial:
         self.per_epoch = math.ceil(len(items) / self.batch)
         self.total = steps if steps is not None else (presentations or 0) * self.per_epoch
         self.presentations = self.total / self.per_epoch
-        self._objective, self._stack = objective, contextlib.ExitStack()
+        self.objective, self._stack = objective, contextlib.ExitStack()
 
     def __enter__(self) -> Trial:
         p = self.practice
@@ -98,8 +98,8 @@ class Trial:
                 model="", out=Path(), method=p.method, settings=p.settings, at=p.at, optim=optim, run=run
             )
             pad = self.tokenizer.pad_token_id or 0
-            self.loop = Loop(self.host, self.name, self.rows, [], about, pad, objective=self._objective)
-            if self._objective is not None:
+            self.loop = Loop(self.host, self.name, self.rows, [], about, pad, objective=self.objective)
+            if self.objective is not None:
                 with self.active():
                     self.loop.objective.prepare(self.loop.survey)
             self._stack = undo.pop_all()

@@ -96,25 +96,28 @@ def kept_histogram(tsd: Any, kept: Any, name: str = "filter_kept") -> Drawn:
     )
 
 
-def weight_histogram(steps: Sequence[int], weights: Sequence[Any], name: str = "weights") -> Drawn:
-    """How the loss weights of examples are spread at some steps."""
+def weight_histogram(
+    steps: Sequence[int], counts: Sequence[Any], edges: Sequence[float], name: str = "weights"
+) -> Drawn:
+    """How the loss weights of examples are spread at some steps: counts (S, B) between edges (B - 1), as the objective
+    reports them; the outer bins are open."""
     figure, axes = sheet(wide=5.6)
-    top = max(2.0, max(float(np.max(w)) for w in weights))
-    edges = np.linspace(0, top, 41)
-    counts = []
-    for k, (step, w) in enumerate(zip(steps, weights, strict=True)):
-        count, _ = np.histogram(w, edges)
-        counts.append(count)
-        axes.stairs(
-            count / max(1, count.sum()), edges, color=LINES[k % len(LINES)], linewidth=1.4, label=f"step {step}"
-        )
+    inner = np.asarray(edges, float)
+    ratio = inner[1] / inner[0]
+    borders = np.concatenate([[inner[0] / ratio], inner, [inner[-1] * ratio]])
+    for k, (step, count) in enumerate(zip(steps, counts, strict=True)):
+        share_of = np.asarray(count, float) / max(1, np.sum(count))
+        axes.stairs(share_of, borders, color=LINES[k % len(LINES)], linewidth=1.4, label=f"step {step}")
     axes.axvline(1, color=INK, linewidth=0.8, linestyle="--")
-    say(axes, "weight of an example in the loss (mean 1)", "share of examples")
+    axes.set_xscale("log")
+    ticks = [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8]
+    axes.set_xticks(ticks, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    axes.minorticks_off()
+    say(axes, "weight of an example in the loss (mean 1)", "share of the step's examples")
     legend(axes, loc="best")
     words = "How unequally facts count in the loss while training goes on; 1 (dashed) is the plain loss."
-    return Drawn(
-        name, "Weights in the loss", words, figure, plain({"steps": list(steps), "edges": edges, "counts": counts})
-    )
+    twin = plain({"steps": list(steps), "edges": borders, "counts": list(counts)})
+    return Drawn(name, "Weights in the loss", words, figure, twin)
 
 
 def retention_front(points: Sequence[Mapping[str, Any]], name: str = "retention_front") -> Drawn:
