@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from inlay.cli import main
 from tests.serve import tiny_server
 from tests.serve.tiny_server import ADMIN
 
@@ -52,6 +51,7 @@ def test_sigterm_ends_what_is_in_flight_and_takes_nothing_new(root):
             served.http("GET", "/ready")
 
 
+@pytest.mark.slow
 def test_what_does_not_end_in_time_is_told_so(root):
     with tiny_server.outside(root, "--drain", "0.2", "--rows", "1", "--waiting", "2000") as served:
         with served.client() as client:
@@ -64,6 +64,7 @@ def test_what_does_not_end_in_time_is_told_so(root):
         assert served.process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(root):
     with tiny_server.outside(root, "--rows", "1", "--waiting", "2000") as served:
         stream = served.client().completions.create(**LONG | {"prompt": ["Why?"] * 1500}, stream=True)
@@ -75,6 +76,7 @@ def test_a_second_signal_ends_at_once(root):
         assert served.process.wait(15) == 0
 
 
+@pytest.mark.slow
 def test_killed_while_adapters_change_it_starts_again_as_before(root):
     with tiny_server.outside(root) as served:
         want = served.client().completions.create(**LONG).choices[0].text
@@ -95,7 +97,6 @@ def test_killed_while_adapters_change_it_starts_again_as_before(root):
         (["--port", "99999"], "port 99999"),
     ],
 )
-def test_wrong_settings_are_one_line(root, flags, says):
-    words = [sys.executable, "-m", "inlay", "serve", str(root / "base"), *flags]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+def test_wrong_settings_are_one_line(root, capsys, flags, says):
+    assert main(["serve", str(root / "base"), *flags]) == 2
+    assert says in (told := capsys.readouterr().err) and "Traceback" not in told
