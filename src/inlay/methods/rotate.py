@@ -40,8 +40,9 @@ def join(first: Tensor, second: Tensor, group: int) -> Tensor:
 
 def paired(t: Tensor) -> Tensor:
     """Neighbours as complex numbers (..., D / 2)."""
-    if t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1]):
-        t = t.clone(memory_format=torch.contiguous_format)  # a view of a longer vector may begin anywhere
+    # A view of a longer vector may begin anywhere; a compiler cannot ask where, and drops copies that are not needed.
+    if torch.compiler.is_compiling() or t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1]):
+        t = t.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(t.unflatten(-1, (-1, 2)))
 
 
