@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from inlay.cli.parse import read, shipped
-from inlay.cli.verbs import NAMES, verb
+from inlay.cli.verbs import NAMES, every, named, verb
 from inlay.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,18 +27,19 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("inlay ")
 ]
-EXAMPLES = [shlex.split(example) for name in NAMES for example in verb(name).examples]
+EXAMPLES = [shlex.split(example) for name in every() for example in verb(name).examples]
 
 
 @pytest.mark.parametrize("command", COMMANDS + EXAMPLES, ids=lambda c: " ".join(c[1:4]))
 def test_commands_parse(command):
+    name, args = named(command[1:])
     if "--help" in command:
         with pytest.raises(SystemExit) as done:
-            read(verb(command[1]), command[2:])
+            read(verb(name), args)
         assert done.value.code in (0, None)
     elif "my.yaml" not in command:
-        settings = read(verb(command[1]), command[2:])
-        assert type(settings).__name__ == verb(command[1]).settings_class.__name__
+        settings = read(verb(name), args)
+        assert type(settings).__name__ == verb(name).settings_class.__name__
 
 
 def test_every_verb_is_shown():

@@ -9,7 +9,7 @@ import pytest
 
 import inlay
 from inlay.cli.parse import read
-from inlay.cli.verbs import NAMES, field_docs, verb
+from inlay.cli.verbs import GROUPS, NAMES, every, field_docs, verb, verbs_of
 from inlay.methods import METHODS
 
 
@@ -23,7 +23,7 @@ def recipe(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every())
 def test_every_setting_of_every_verb_says_what_it_is(name):
     cls = verb(name).settings_class
     assert set(field_docs(cls)) >= {f.name for f in dataclasses.fields(cls) if f.name not in ("data", "optim", "run")}
@@ -36,9 +36,9 @@ def test_every_setting_of_every_method_says_what_it_is(method):
     assert set(field_docs(edit)) >= {f.name for f in dataclasses.fields(edit)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every())
 def test_help_teaches(name, inlay_):
-    code, out, _ = inlay_(name, "--help")
+    code, out, _ = inlay_(*name.split(), "--help")
     assert code == 0 and verb(name).about in " ".join(out.split()) and "Examples:" in out
 
 
@@ -46,6 +46,15 @@ def test_overview_names_every_verb(inlay_):
     code, out, _ = inlay_("--help")
     assert code == 0 and all(name in out for name in NAMES)
     assert inlay_()[0] == 0 and inlay_("--version")[1].startswith("inlay ")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_lists_its_verbs_and_refuses_others(group, inlay_):
+    for argv in ([group], [group, "--help"], [group, "help"]):
+        code, out, _ = inlay_(*argv)
+        assert code == 0 and all(name in out for name in verbs_of(group))
+    code, _, err = inlay_(group, "nothing")
+    assert code == 2 and f"unknown verb '{group} nothing'" in err and verbs_of(group)[0] in err
 
 
 @pytest.mark.parametrize("method,flag", [("prefix", "--tokens"), ("series", "--size"), ("adalora", "--orthogonality")])

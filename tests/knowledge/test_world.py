@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from inlay.core.errors import InlayError
-from inlay.knowledge.pretrain import FAMILIES, knows, make_base, world_of
+from inlay.knowledge.pretrain import FAMILIES, MARKS, knows, make_base, world_of
 from inlay.knowledge.world import GROUPS, QUESTIONS, VALUES, World, tokenizer, words
 
 WORLD = World(3, people=40, strangers=10)
@@ -65,6 +65,7 @@ def test_every_text_is_words_of_the_vocabulary_and_comes_back():
     for ids, text in zip(tok(texts)["input_ids"], texts, strict=True):
         assert tok.unk_token_id not in ids and tok.decode(ids) == text
     assert len(tok) == len(words()) == len(set(words()))
+    assert {f"{m}_token_id": getattr(tok, f"{m}_token_id") for m in ("bos", "eos", "pad")} == MARKS
 
 
 def test_wordings_differ_and_each_names_the_person():
@@ -75,8 +76,11 @@ def test_wordings_differ_and_each_names_the_person():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_learns_a_small_world_and_is_made_once(family, tmp_path):
+def test_a_base_learns_a_small_world_and_is_made_once(family, tmp_path, monkeypatch):
     import inlay
+    from inlay.knowledge import pretrain
+
+    monkeypatch.setattr(pretrain, "ROWS", 16)
 
     small = World(0, people=2, strangers=1)
     folder = make_base(family, 0, tmp_path / "base", world=small, steps=100)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from inlay.cli.verbs import NAMES, verb
+from inlay.cli.verbs import GROUPS, NAMES, named, verb, verbs_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,19 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"inlay {__version__}")
         return 0
     try:
-        return _run(args[0], args[1:])
+        return _run(args)
     except BaseException as e:
         if debug or isinstance(e, SystemExit):
             raise
         return _complain(e)
 
 
-def _run(name: str, args: list[str]) -> int:
+def _run(argv: list[str]) -> int:
     from inlay.cli.parse import read
     from inlay.core.errors import unknown
 
-    if name not in NAMES:
-        raise unknown("verb", name, NAMES, "`inlay --help` says what they do.")
+    name, args = named(argv)
+    group = name.partition(" ")[0]
+    if group in GROUPS and name in (group, f"{group} help"):
+        _overview(group)
+        return 0
+    known = verbs_of(group) if group in GROUPS else list(NAMES)
+    if name not in known:
+        raise unknown("verb", name, known, f"`inlay {f'{group} ' if group in GROUPS else ''}--help` says what they do.")
     found = verb(name)
     return found.run(read(found, args)) or 0
 
@@ -64,16 +70,19 @@ def _complain(e: BaseException) -> int:
     return 2 if isinstance(e, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)) else 1
 
 
-def _overview() -> None:
+def _overview(group: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from inlay import __version__
 
     out = Console(highlight=False)
-    out.print(f"[bold]inlay[/] {__version__}: any adapter, at any place, in any decoder\n")
+    if group is None:
+        out.print(f"[bold]inlay[/] {__version__}: any adapter, at any place, in any decoder\n")
+    else:
+        out.print(f"[bold]inlay {group}[/]: {verb(group).about}\n")
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for name in NAMES:
+    for name in NAMES if group is None else verbs_of(group):
         found = verb(name)
         table.add_row(f"[bold cyan]{name}[/]", f"{found.about}\n[dim]{found.examples[0]}[/]")
     out.print(table)

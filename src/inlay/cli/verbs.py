@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = ("demo", "plan", "train", "eval", "score", "convert", "merge", "chat", "serve", "inspect")
+NAMES = ("demo", "plan", "train", "eval", "score", "know", "convert", "merge", "chat", "serve", "inspect")
 """The verbs, in the order of a first visit. `inlay.cli.<name>_` holds each as `VERB`."""
+GROUPS = {"know": ("items", "base", "measure", "watch", "filter", "interfere", "study", "report")}
+"""Verbs that have verbs of their own, in the order of their use: `inlay.cli.<name>_<verb>` holds each as `VERB`."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,27 @@ class Verb:
 
 
 def verb(name: str) -> Verb:
-    """A verb by its name."""
-    found: Verb = importlib.import_module(f"inlay.cli.{name}_").VERB
+    """A verb by its name, `eval` or `know watch`."""
+    module = name.replace(" ", "_") if " " in name else f"{name}_"
+    found: Verb = importlib.import_module(f"inlay.cli.{module}").VERB
     return found
+
+
+def named(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """(the verb's name, its arguments) of what is typed behind `inlay`."""
+    words = 2 if argv[0] in GROUPS and len(argv) > 1 and not argv[1].startswith("-") else 1
+    return " ".join(argv[:words]), list(argv[words:])
+
+
+def every() -> list[str]:
+    """The names of all verbs, with those of groups in place of the groups."""
+    return [name for top in NAMES for name in (verbs_of(top) if top in GROUPS else [top])]
+
+
+def verbs_of(group: str) -> list[str]:
+    """The verbs of a group that are there."""
+    there = (f"{group} {name}" for name in GROUPS[group])
+    return [name for name in there if importlib.util.find_spec(f"inlay.cli.{name.replace(' ', '_')}")]
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -22,11 +22,13 @@ from inlay.knowledge.world import World, tokenizer, words
 from inlay.train.loop import seed_everything
 
 WIDTH, LAYERS, HEADS = 96, 2, 4
+MARKS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+"""Of the world's tokenizer."""
 ROWS = 64
 """Texts a step."""
-RATE, WARMUP, COOLING = 5e-3, 0.05, 0.3
-"""Highest learning rate, and the shares of steps in which it rises to that and, at the end, falls to zero."""
-STEPS = 2000
+RATE, COOLING = 5e-3, 0.3
+"""Highest learning rate, and the last share of steps in which it falls to zero."""
+STEPS = 1800
 VERSION = 1
 """Raised when the same arguments make another base."""
 
@@ -37,6 +39,7 @@ def _llama(vocabulary: int) -> Any:
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        **MARKS,
     )  # fmt: skip
 
 
@@ -45,7 +48,7 @@ def _gptj(vocabulary: int) -> Any:
 
     return GPTJConfig(
         vocab_size=vocabulary, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, rotary_dim=16, n_inner=4 * WIDTH,
-        n_positions=128, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
+        n_positions=128, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False, **MARKS,
     )  # fmt: skip
 
 
@@ -152,9 +155,7 @@ def _taught(family: str, world: World, seed: int, steps: int, progress: bool) ->
     from transformers import AutoModelForCausalLM
 
     tok = tokenizer()
-    config = FAMILIES[family](len(words()))
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
-    model = AutoModelForCausalLM.from_config(config).train()
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](len(words()))).train()
     texts = [_rows(tok, [t for own in world.biographies() for t in own]), _rows(tok, _asked(world))]
     optimizers = _optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: _rate(s, steps)) for o in optimizers]
@@ -190,7 +191,7 @@ def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
 
 def _rate(step: int, steps: int) -> float:
     """Share of the highest rate: warm-up, constant, then linear to zero."""
-    return min(1.0, (step + 1) / max(1.0, WARMUP * steps), (steps - step) / max(1.0, COOLING * steps))
+    return min(1.0, (step + 1) / min(100.0, steps / 10), (steps - step) / max(1.0, COOLING * steps))
 
 
 def _asked(world: World) -> list[str]:

@@ -1,0 +1,206 @@
+"""`inlay know items|base|measure|watch`: their settings, and running them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from inlay.core.errors import InlayError
+from inlay.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table as Shown
+
+    from inlay.knowledge.measure import MeasureSettings
+    from inlay.knowledge.table import Table
+    from inlay.train.fitting import RunResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowSettings:
+    """How answers are asked for and compared."""
+
+    space: str = "embed"
+    """Where features live: `embed` (input embeddings of the answer's tokens) or `hidden:<layer>` of the bare base."""
+    pool: Literal["mean", "last"] = "mean"
+    """Over an answer's tokens."""
+    center: bool = False
+    """Subtract the mean feature of all targets; for hidden spaces, where all vectors point one way."""
+    metric: Literal["cosine", "euclidean", "dot"] = "cosine"
+    """Distance of features."""
+    template: str = "{prompt}"
+    """The text before the answer; {prompt} is the item's."""
+    lead: str | None = None
+    """Between prompt and answer: by default a blank, or nothing where the tokenizer puts one itself."""
+    answer_tokens: int | None = None
+    """Most tokens of an answer; the longest target and 8 more if not given."""
+    answer_batch: int = 32
+    """Rows decoded at a time."""
+
+    def made(self) -> MeasureSettings:
+        """The settings that `measure` takes."""
+        from inlay.knowledge.feature import Space
+        from inlay.knowledge.measure import MeasureSettings
+        from inlay.knowledge.wording import Wording
+
+        return MeasureSettings(
+            space=Space(self.space, self.pool, self.center),
+            metric=self.metric,
+            wording=Wording(template=self.template.replace("\\n", "\n"), lead=self.lead),
+            max_new_tokens=self.answer_tokens,
+            batch_size=self.answer_batch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureFlags:
+    """Measure a base's knowledge of items."""
+
+    model: str
+    """An embedded base, a folder or a Hub id."""
+    items: Path
+    """A JSON-lines file of items: id, prompt, target, and what else they have."""
+    split: Literal["train", "val", "test"] | None = None
+    """Only the items of this split."""
+    out: Path
+    """A folder for table.parquet and table.json."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the base; as stored by default."""
+    device: str | None = None
+    """Where to run; the GPU if there is one."""
+    cache: bool = True
+    """Look among tables made before (in the user's cache), and keep this one there."""
+    progress: bool = True
+    """Show a progress bar."""
+    how: HowSettings = field(default_factory=HowSettings)
+    """How answers are asked for and compared."""
+
+
+def run_measure(s: MeasureFlags) -> tuple[Table, Path]:
+    """(the table, its folder)."""
+    import inlay
+    from inlay.knowledge.items import read_items
+    from inlay.knowledge.measure import cache_folder, measure
+
+    how, items = s.how.made(), read_items(s.items, s.split)
+    model, tokenizer = inlay.load_base(s.model, s.dtype, s.device)
+    kept = cache_folder("tables") if s.cache else None
+    table = measure(inlay.attach(model), tokenizer, items, how, cache=kept, progress=s.progress)
+    return table, table.save(s.out)
+
+
+def shown(table: Table) -> Shown:
+    """Per relation: items, accuracy of the base, distances of what it gets wrong, flags."""
+    import numpy as np
+    from rich.table import Table as Shown
+
+    made = Shown(title="the base's own answers", title_justify="left")
+    for name in ("relation", "items", "right, %", "median distance", "of the wrong ones", "empty", "tie"):
+        made.add_column(name, justify="left" if name == "relation" else "right")
+    relations = sorted(set(table["relation"].tolist()))
+    for name in relations if len(relations) == 1 else [*relations, None]:
+        part = table if name is None else table.only(table["relation"] == name)
+        wrong = part["tsd"][~part["em0"]]
+        far = f"{np.median(wrong):.3f}" if len(wrong) else "-"
+        label = "all" if name is None else name or "-"
+        cells = (str(len(part)), f"{100 * part['em0'].mean():.1f}", f"{np.median(part['tsd']):.3f}", far)
+        made.add_row(label, *cells, str(int(part["empty"].sum())), str(int(part["tie"].sum())))
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """What is watched, and how often."""
+
+    snapshots: int = 3
+    """Snapshots after the one before the first step, evenly spaced."""
+    at_steps: tuple[int, ...] = ()
+    """Steps after which snapshots are taken, in place of evenly spaced ones."""
+    probes: int = 16
+    """Items whose soft distance is looked at just before and after a step; 0: none."""
+    probe_every: int = 50
+    """Steps between two such looks."""
+    tau: float | None = None
+    """Smallest change of distance that counts; 1e-6 among embeddings, 0.01 among hidden states."""
+    rule: Literal["distance", "direction"] = "distance"
+    """Away is a larger distance, or motion against the target's direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchFlags(TrainSettings):
+    """Train on items and watch them. What data.* says is not looked at: items are the data."""
+
+    items: Path
+    """A JSON-lines file of items; those of split `train` are trained on and watched."""
+    retention: Path | None = None
+    """Items that are not trained on: what is forgotten of them is shown beside every accuracy."""
+    resume: bool = False
+    """Go on from the last checkpoint in the run folder; begin if there is none."""
+    overwrite: bool = False
+    """Replace the run in that folder."""
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    """What is watched, and how often."""
+    how: HowSettings = field(default_factory=HowSettings)
+    """How answers are asked for and compared."""
+
+
+def run_watch(s: WatchFlags) -> RunResult:
+    """Hang the adapter, train it on the items, watch."""
+    import inlay
+    from inlay.knowledge.items import items_digest, read_items
+    from inlay.knowledge.track import Tracker, TrackSettings
+    from inlay.knowledge.wording import examples
+    from inlay.methods import method
+    from inlay.models.base import load_base
+    from inlay.train.fitting import fit
+    from inlay.train.loop import seed_everything
+    from inlay.train.ranks import place
+
+    row = method(s.method)
+    edit, how = row.make(**s.settings), s.how.made()
+    items = read_items(s.items, "train")
+    kept = read_items(s.retention) if s.retention else []
+    if both := {i.id for i in items} & {i.id for i in kept}:
+        raise InlayError(f"{len(both)} items are trained on and to be retained, such as {min(both)!r}; leave them out")
+    w = s.watch
+    track = TrackSettings(
+        measure=how, snapshots=w.snapshots, at=w.at_steps, probes=w.probes, probe_every=w.probe_every,
+        tau=w.tau, rule=w.rule, seed=s.run.seed,
+    )  # fmt: skip
+    model, tokenizer = load_base(s.model, s.run.dtype, str(place(s.run.device)))
+    seed_everything(s.run.seed)
+    host = inlay.attach(model).add(
+        s.name, edit.tokenised(tokenizer), at=s.at if s.at is not None else row.places, seed=s.run.seed
+    )
+    facts = {"items": {"path": str(s.items.resolve()), "sha256": items_digest(items), "n": len(items)}}
+    return fit(
+        host, s.name, examples(items, tokenizer, how.wording), [], _plain(s), s.out, tokenizer, resume=s.resume,
+        overwrite=s.overwrite, facts=facts, observers=[Tracker(tokenizer, items, kept, track)],
+    )  # fmt: skip
+
+
+def _plain(s: WatchFlags) -> TrainSettings:
+    """What `fit` records."""
+    return TrainSettings(**{f.name: getattr(s, f.name) for f in dataclasses.fields(TrainSettings)})
+
+
+def snapshots_shown(run_dir: Path) -> Shown:
+    """A line per snapshot."""
+    from rich.table import Table as Shown
+
+    from inlay.knowledge.track import read_watched
+
+    found = read_watched(run_dir)
+    made = Shown(title=f"{len(found.table)} items", title_justify="left")
+    names = ("em", "paraphrase_em", "retention_em", "learned", "approached", "stalled", "away")
+    for name in ("step", "right, %", "reworded", "retained", *names[3:]):
+        made.add_column(name, justify="right")
+    for snapshot in found.snapshots:
+        made.add_row(str(snapshot["step"]), *(_percent(snapshot["summary"][n]) for n in names))
+    return made
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
