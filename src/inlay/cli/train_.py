@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from inlay.cli.verbs import Verb
+from inlay.knowledge.settings import KnowSettings, KnowTrainSettings
 from inlay.train.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFlags(TrainSettings):
+class TrainFlags(KnowTrainSettings):
     """A training run, and what to do with one that is already there."""
 
     resume: bool = False
@@ -27,10 +28,16 @@ def run(s: TrainFlags) -> None:
     from inlay.cli.quiet import quiet
 
     quiet()
-    from inlay.train import train
     from inlay.train.ranks import rank
 
-    settings = TrainSettings(**{f.name: getattr(s, f.name) for f in dataclasses.fields(TrainSettings)})
+    # A run that does not look at distances is recorded as one that cannot.
+    plain = s.know == KnowSettings()
+    kind = TrainSettings if plain else KnowTrainSettings
+    settings = kind(**{f.name: getattr(s, f.name) for f in dataclasses.fields(kind)})
+    if plain:
+        from inlay.train import train
+    else:
+        from inlay.knowledge.training import train  # type: ignore[assignment]
     result = train(settings, resume=s.resume, overwrite=s.overwrite)
     if rank():
         return
@@ -51,5 +58,7 @@ VERB = Verb(
         "inlay train --model tiny-llama --task world-arith --method lora --rank 8 --steps 200 --out runs/lora",
         "inlay train --recipe llama-7b-lora-math --train-file math_10k.json",
         "inlay train --recipe my.yaml --resume",
+        "inlay train --model base --items facts.jsonl --table table --filter features --keep 0.7 --out runs/filtered",
+        "inlay train --model base --items facts.jsonl --signal dynamic --beta auto --val-size 50 --out runs/weighed",
     ),
 )

@@ -90,7 +90,7 @@ def select_subset(
         raise unknown("reading", variance_of, READINGS)
     if not lam >= 0 or not np.isfinite(lam):
         raise InlayError(f"lam weighs the spread and must be 0 or more, not {lam:g}")
-    d_N, order, group_N = _prepared(d, ids, relations, keep_per_relation)
+    d_N, order, group_N = prepared(d, ids, relations, keep_per_relation)
     if variance_of == "features" and Z is None:
         raise InlayError("the reading 'features' needs the features of the targets (Z); or take 'distances' or 'band'")
     z_ND = None if Z is None else unit(Z)
@@ -102,7 +102,7 @@ def select_subset(
         raise InlayError("some features are not finite; measure these items again or leave them out")
     z_ND = None if z_ND is None else z_ND[order]
     k = share(len(d_N), keep)
-    _floors_fit(k, group_N, keep_per_relation)
+    floors_fit(k, group_N, keep_per_relation)
     most = len(d_N) if swaps is None else swaps
     objective: float | None = None
     trace: tuple[float, ...] = ()
@@ -151,7 +151,7 @@ def front(
         Lists `lam`, `distance`, `spread`, and `random_distance`, `random_spread`: plain data for a figure.
     """
     found = [select_subset(d, Z, keep, lam, "features", ids, keep_per_relation, relations) for lam in lams]
-    d_N, _, group_N = _prepared(d, None, relations, keep_per_relation)
+    d_N, _, group_N = prepared(d, None, relations, keep_per_relation)
     z_ND, draw = unit(Z), np.random.default_rng(seed)
     cloud = [ranked(draw.random(len(d_N)), share(len(d_N), keep), group_N, keep_per_relation) for _ in range(randoms)]
     return {
@@ -164,10 +164,10 @@ def front(
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
-def _prepared(
+def prepared(
     d: Any, ids: Sequence[Any] | None, relations: Sequence[Any] | None, floor: int
 ) -> tuple[Floats, NDArray, Ints]:
-    """(distances sorted by id, places of the sorted items, group of each); checks all of them."""
+    """(distances sorted by id, places of the sorted items, group of each). Raises InlayError as `select_subset`."""
     d_N = np.asarray(d, dtype=np.float64)
     if d_N.ndim != 1 or not len(d_N):
         raise InlayError(f"distances must be one number per item, not of shape {d_N.shape}")
@@ -191,7 +191,8 @@ def _prepared(
     return d_N[order], order, group_N[order]
 
 
-def _floors_fit(k: int, group_N: Ints, floor: int) -> None:
+def floors_fit(k: int, group_N: Ints, floor: int) -> None:
+    """Raises InlayError where k items cannot be `floor` of each group."""
     needed = int(np.minimum(np.bincount(group_N), floor).sum())
     if needed > k:
         raise InlayError(

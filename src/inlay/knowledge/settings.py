@@ -115,6 +115,7 @@ class KnowTrainSettings(TrainSettings):
     """One training run, complete, that may look at semantic distance."""
 
     know: KnowSettings = field(default_factory=KnowSettings)
+    """Items, filter and weights by semantic distance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

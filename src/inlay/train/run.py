@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,35 +17,83 @@ from inlay.train.ranks import Team, joined, place
 from inlay.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
+    from inlay.core.host import Host
+    from inlay.engine.example import Example
     from inlay.tasks import Protocol, Record
+    from inlay.train.objective import Objective
+    from inlay.train.observe import Observer
 
 
-def train(settings: TrainSettings, *, resume: bool | str | Path = False, overwrite: bool = False) -> RunResult:
+@dataclass(frozen=True)
+class Lesson:
+    """What a run learns from."""
+
+    examples: Sequence[Example]
+    val_examples: Sequence[Example]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Entries for `data.json`."""
+    objective: Objective | None = None
+    observers: Sequence[Observer] = ()
+
+
+Teach = Callable[["Host", Any], Lesson]
+"""From a host and a tokenizer to a lesson."""
+
+
+def train(
+    settings: TrainSettings,
+    *,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    plan: Callable[[Any, bool], Teach] | None = None,
+) -> RunResult:
     """Train one adapter as the settings say and leave it in `<out>/adapter`.
 
     Args:
         resume: True goes on from the last checkpoint in `settings.out`, or begins if there is none; a path names the
             checkpoint.
         overwrite: replace the run in `settings.out`.
+        plan: called with the settings, and whether to show progress, before the base is loaded: reads what is cheap to
+            get wrong, and returns what makes the lesson. `records`, the settings' data, if not given.
 
     Raises:
         InlayError: as `fit`, and for an unknown base, method, setting, place, task or file.
     """
     with joined() as team:
-        return _train(settings, resume, overwrite, team)
+        return _train(settings, resume, overwrite, team, plan or records)
 
 
-def _train(settings: TrainSettings, resume: bool | str | Path, overwrite: bool, team: Team) -> RunResult:
+def records(settings: TrainSettings, progress: bool) -> Teach:
+    """The lesson of a task or file."""
+    from inlay.tasks import encode_all, protocols
+
+    protocol = protocols.get(settings.data.protocol)
+    train, val = read(settings.data, settings.run.seed)
+
+    def teach(host: Host, tokenizer: Any) -> Lesson:
+        cutoff = settings.data.cutoff
+        examples, _ = encode_all(train, tokenizer, protocol, cutoff, progress=progress)
+        val_examples, _ = encode_all(val, tokenizer, protocol, cutoff) if val else ([], 0)
+        return Lesson(examples, val_examples, provenance(settings.data, protocol))
+
+    return teach
+
+
+def _train(
+    settings: TrainSettings,
+    resume: bool | str | Path,
+    overwrite: bool,
+    team: Team,
+    plan: Callable[[Any, bool], Teach],
+) -> RunResult:
     from inlay.api import attach
     from inlay.methods import method
     from inlay.models.base import load_base
-    from inlay.tasks import encode_all, protocols
 
     # Whatever is cheap to get wrong is looked at before the base is loaded.
     row = method(settings.method)
     edit = row.make(**settings.settings)
-    protocol = protocols.get(settings.data.protocol)
-    records, val_records = read(settings.data, settings.run.seed)
+    teach = plan(settings, settings.run.progress and team.first)
     # A base to be sharded is taken to the devices block by block.
     device = "cpu" if settings.run.parallel == "fsdp" and team.size > 1 else str(place(settings.run.device))
     model, tokenizer = load_base(settings.model, settings.run.dtype, device)
@@ -56,21 +105,20 @@ def _train(settings: TrainSettings, resume: bool | str | Path, overwrite: bool, 
         at=settings.at if settings.at is not None else row.places,
         seed=settings.run.seed,
     )
-    cutoff, show = settings.data.cutoff, settings.run.progress and team.first
-    examples, _ = encode_all(records, tokenizer, protocol, cutoff, progress=show)
-    val_examples, _ = encode_all(val_records, tokenizer, protocol, cutoff) if val_records else ([], 0)
-    facts = provenance(settings.data, protocol)
+    lesson = teach(host, tokenizer)
     return fit(
         host,
         settings.name,
-        examples,
-        val_examples,
+        lesson.examples,
+        lesson.val_examples,
         settings,
         settings.out,
         tokenizer,
         resume=resume,
         overwrite=overwrite,
-        facts=facts,
+        facts=lesson.facts,
+        objective=lesson.objective,
+        observers=lesson.observers,
     )
 
 
@@ -103,14 +151,15 @@ def provenance(data: DataSettings, protocol: Protocol) -> dict[str, Any]:
         "task": task.name if task else None,
         "licence": task.licence if task else None,
         "leaks": leak_hint(task.note if task else ""),
-        "files": _files([data.train_file, data.val_file]),
+        "files": file_facts([data.train_file, data.val_file]),
         "protocol": protocol.name,
         "loss_on": protocol.loss_on,
         "template": {"name": template.name, "sha256": shown},
     }
 
 
-def _files(paths: Sequence[Path | None]) -> list[dict[str, Any]]:
+def file_facts(paths: Sequence[Path | None]) -> list[dict[str, Any]]:
+    """Path, SHA-256 and size of each file, for `data.json`."""
     found = []
     for path in (p for p in paths if p is not None):
         whole = path.is_file()
