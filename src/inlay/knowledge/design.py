@@ -18,12 +18,21 @@ if TYPE_CHECKING:
 
 REGIMES = ("edits", "new people", "random pairs")
 """Known facts with other answers; facts about people the base has not met; answers that mean nothing."""
-METHODS = ("lora:rank=4", "lora:rank=1", "lora:rank=16", "series", "parallel", "prefix", "ia3", "road")
+METHODS = (
+    "lora:rank=4",
+    "lora:rank=1",
+    "lora:rank=16",
+    "series:size=16",
+    "parallel:size=16",
+    "prefix:tokens=8",
+    "ia3",
+    "road2",
+)
 """Methods with their settings, as `name:setting=value,...`."""
 RATES: dict[str, tuple[float, ...]] = {
     "prefix": (3e-2, 1e-1),
     "ia3": (3e-2, 1e-1),
-    "road": (1e-2, 3e-2),
+    "road2": (1e-2, 3e-2),
     "series": (3e-3, 1e-2),
     "parallel": (3e-3, 1e-2),
 }
@@ -40,7 +49,7 @@ class Condition:
     """`plain`, `filter` or `weights`."""
     remedy: bool = False
     subset: str = ""
-    """For a filter: how the kept items are chosen."""
+    """For a filter: a reading of it, `random`, or the measure of which the lowest are kept."""
     know: tuple[tuple[str, Any], ...] = ()
     """For weights: fields of `KnowSettings`."""
 
@@ -58,7 +67,7 @@ class Condition:
         if self.subset in ("features", "distances", "band"):
             chosen = select_subset(measured["tsd"], measured["features"], share, 1.0, self.subset).kept  # type: ignore[arg-type]
         else:
-            key = {"random": draw.random(n), "lowest": measured["tsd"], "loss": measured["loss"]}[self.subset]
+            key = draw.random(n) if self.subset == "random" else measured[self.subset]
             chosen = np.argsort(key, kind="stable")[:k]
         mask = np.zeros(n, bool)
         mask[chosen] = True
@@ -95,7 +104,7 @@ CONDITIONS: dict[str, Condition] = {
         Condition("filter A: near and spread features", "filter", True, "features"),
         Condition("filter B: near and spread distances", "filter", True, "distances"),
         Condition("filter C: middle band", "filter", True, "band"),
-        Condition("lowest distance", "filter", subset="lowest"),
+        Condition("lowest distance", "filter", subset="tsd"),
         Condition("lowest loss", "filter", subset="loss"),
     )
 }
@@ -174,9 +183,9 @@ class StudySettings:
     """Of the items, the adapter's start and the order; the same ones in every condition."""
     items: int = 360
     """Facts to learn."""
-    steps: int = 400
+    steps: int = 200
     """Optimizer steps of a plain run, the rate falling to 0."""
-    snapshots: tuple[int, ...] = (25, 50, 100, 200)
+    snapshots: tuple[int, ...] = (25, 50, 75, 100, 150)
     """Steps at which plain runs are looked at, beside the first and the last."""
     control_steps: int = 100
     """Steps of the runs that compare remedies and controls."""

@@ -40,8 +40,7 @@ def study(s: StudySettings) -> Path:
     if strange := [f for f in s.families if f not in FAMILIES]:
         raise InlayError(f"unknown family {strange[0]!r}; there is: {', '.join(FAMILIES)}")
     began, plan = time.monotonic(), jobs(s)
-    here = {job: s.out / "runs" / f"{job.name}.json" for job in plan}
-    missing = [job for job, file in here.items() if not _there(file, job)]
+    missing = [job for job in plan if not _there(file_of(s, job), job)]
     lab = Lab(s)
     with bar(s.progress) as shown:
         mark = shown.add_task("study", total=len(plan), completed=len(plan) - len(missing))
@@ -49,11 +48,18 @@ def study(s: StudySettings) -> Path:
             if s.minutes is not None and time.monotonic() - began > 60 * s.minutes:
                 break
             shown.update(mark, description=f"{job.family} {job.method} {job.regime} {job.condition} {job.seed}")
-            write_text(here[job], json.dumps(plain({"job": job.plain(), **lab.run(job)}), ensure_ascii=False) + "\n")
+            write_text(
+                file_of(s, job), json.dumps(plain({"job": job.plain(), **lab.run(job)}), ensure_ascii=False) + "\n"
+            )
             shown.advance(mark)
     data = assemble(s)
     write_text(s.out / "findings.json", json.dumps(plain(findings.findings(data)), indent=1) + "\n")
     return build(data, s.out, s.progress)
+
+
+def file_of(s: StudySettings, job: Job) -> Path:
+    """Where a job's result is kept."""
+    return s.out / "runs" / f"{job.name}.json"
 
 
 def _there(file: Path, job: Job) -> bool:
@@ -96,7 +102,7 @@ class Lab:
         if key not in self.tables:
             host, tokenizer, world = self.host(family)
             items = self.items(world, regime, seed)
-            how = MeasureSettings(batch_size=64)
+            how = MeasureSettings(batch_size=256)
             spare = Exam(host, tokenizer, world.retention(items, self.s.retained, seed), how)
             kept = Exam(host, tokenizer, known(spare), how)
             self.tables = {key: (items, measure(host, tokenizer, items, how), Exam(host, tokenizer, items, how), kept)}
@@ -225,7 +231,7 @@ class Lab:
         host, tokenizer, _ = self.host(job.family)
         name, settings = method_of(job.method)
         practice = Practice(method=name, settings=settings, lr=lr, batch_size=self.s.batch_size, seed=job.seed)
-        bench = Bench(host, tokenizer, practice, MeasureSettings(batch_size=64))
+        bench = Bench(host, tokenizer, practice, MeasureSettings(batch_size=256))
         probes = items[:24]
         ks = [k for k in job.more["ks"] if k <= len(items)]
         part = {"name": f"{job.family}, {job.method}", **curve(bench, probes, items[24:], kept.items, ks)}
@@ -236,7 +242,7 @@ class Lab:
 
 def load(s: StudySettings) -> list[dict[str, Any]]:
     """The runs that are there, in the plan's order."""
-    files = [s.out / "runs" / f"{job.name}.json" for job in jobs(s)]
+    files = [file_of(s, job) for job in jobs(s)]
     return [json.loads(f.read_text(encoding="utf-8")) for f in files if f.exists()]
 
 

@@ -54,7 +54,7 @@ def accuracy(
             axes.errorbar(
                 x[full],
                 made.share[full],
-                [(made.share - made.low)[full], (made.high - made.share)[full]],
+                np.maximum([(made.share - made.low)[full], (made.high - made.share)[full]], 0),
                 color=colour,
                 marker=mark,
                 markersize=4,
