@@ -712,6 +712,9 @@ def test_R23_training_packed_or_padded_turns_what_generation_turns():
     assert got == pytest.approx(want, rel=1e-5) and set(plain) == {"0.block/theta", "0.block/a"}
     for k, g in plain.items():
         torch.testing.assert_close(packed[k], g, rtol=1e-3, atol=1e-5)
+    learned = [Row(own, own) for own in ids]  # no prompt: nothing is turned, and nothing learns
+    for way in (Plain(host, 0, 2), Packed(host, 0, 14)):
+        assert not any(g.any() for g in of(host, "last", way, learned)[1].values())
     with host.using("last"), torch.no_grad():
         past = host.model(torch.tensor([ids[0][:3]]), use_cache=True)
         more = host.model(torch.tensor([ids[0][3:4]]), past_key_values=past.past_key_values)

@@ -2,7 +2,7 @@
 
 Whether an edit is linear is measured, not declared. What is not, or has no weight to live in, is refused with the
 reason. Everything is computed in float64 from the frozen weight and rounded once to the base's type, so that each
-merged weight is the exact one, correctly rounded. What the frozen layer says of the identity is its weight and is not
+merged weight is the float64 one, correctly rounded. What the frozen layer says of the identity is its weight and is not
 computed, so a method that edits outputs costs what its formula costs: RoAd, a few element-wise operations.
 """
 
