@@ -2,7 +2,8 @@
 
 python -m benchmarks.serve_load --seconds 60
 
-Every version of every adapter has a known answer: what `inlay.evaluate.generate` says with it alone. An answer that no
+Every version of every adapter has a known answer to one question, unlike all others: what `inlay.evaluate.generate`
+says with it alone. An answer that no
 version of the adapter that could have served the request gives is wrong; a request without an answer is lost.
 """
 
@@ -40,9 +41,7 @@ SETTINGS = GenerateSettings(max_new_tokens=TOKENS, batch_size=1)
 ADMIN = {"Authorization": "Bearer load"}
 
 
-def prompt(name: str) -> str:
-    """What is asked of an adapter, whatever its version."""
-    return f"Tom has {int(name[1:])} apples and buys 7 more. How many apples does he have?"
+PROMPT = "Tom has 3 apples and buys 7 more. How many apples does he have?"
 
 
 def prepare(root: Path, adapters: int) -> dict[str, str]:
@@ -54,20 +53,22 @@ def prepare(root: Path, adapters: int) -> dict[str, str]:
     sources = names + [f"spare/{n}" for n in names[:SPARE]] + [f"spare/b{i}" for i in range(SPARE)]
     model, tokenizer = inlay.load_base(BASE, "fp32", "cpu")
     host = inlay.attach(model)
-    answers = {}
-    for seed, source in enumerate(sources):
-        kind = list(METHODS)[seed % len(METHODS)]
+    answers: dict[str, str] = {}
+    for i, source in enumerate(sources):
+        kind = list(METHODS)[i % len(METHODS)]
         method = inlay.method(kind)
-        host.add("x", method.make(**METHODS[kind]), at=method.places, seed=seed)
-        torch.manual_seed(seed)
-        for p in host.parameters("x"):
-            p.data.add_(0.08 * torch.randn_like(p))
+        for noise in range(1, 100):
+            host.add("x", method.make(**METHODS[kind]), at=method.places, seed=i)
+            torch.manual_seed(i)
+            for p in host.parameters("x"):
+                p.data.add_(0.04 * noise * torch.randn_like(p))
+            answer = generate(host, tokenizer, [PROMPT], "x", SETTINGS)[0].text
+            if len(answer) > 8 and answer not in answers.values():  # nobody answers for another unnoticed
+                break
+            host.remove("x")
         inlay.save(host, "x", root / source)
-        answers[source] = generate(host, tokenizer, [prompt(source.rpartition("/")[2])], "x", SETTINGS)[0].text
+        answers[source] = answer
         host.remove("x")
-    for name in names[:SPARE]:
-        if answers[name] == answers[f"spare/{name}"]:
-            raise RuntimeError(f"both versions of {name} say the same; choose other seeds")
     known.write_text(json.dumps(answers))
     return answers
 
@@ -104,7 +105,7 @@ class Load:
     async def ask(self, client: openai.AsyncOpenAI, name: str, vanish: bool = False) -> None:
         """One request, and whether its answer is one of those that are right."""
         begun, text = time.monotonic(), ""
-        asked = {"model": name, "prompt": prompt(name), "max_tokens": TOKENS, "temperature": 0}
+        asked = {"model": name, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
         try:
             stream = await client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
             async for part in stream:
@@ -149,10 +150,8 @@ class Load:
                 name = rng.choice([*self.names[:SPARE], *(f"b{i}" for i in range(SPARE))])
                 spans = self.spans.setdefault(name, [Span(None, 0.0)])
                 now = spans[-1].source
-                if name[0] == "b":
-                    new = None if now else f"spare/{name}"
-                else:
-                    new = f"spare/{name}" if now == name else name
+                new: str | None = f"spare/{name}" if now in (None, name) else name
+                new = None if now and name[0] == "b" else new
                 spans.append(Span(new, time.monotonic()))
                 if new is None:
                     got = await admin.delete(f"/admin/adapters/{name}")
