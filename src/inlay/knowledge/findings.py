@@ -84,7 +84,7 @@ def findings(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: part[k]["pairs"] for k in ("gradients", "influence") if k in part}
+    return {k: part[k]["pairs"] for k in ("gradients", "influence") if "pairs" in part.get(k, {})}
 
 
 def _group(data: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
