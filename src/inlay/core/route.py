@@ -169,7 +169,9 @@ def stacked(
             if level < len(names):
                 one = parts[names[level]]
                 groups.setdefault(one.cut.alike if one.cut.stacks else names[level], []).append(row)
-        for key, rows in groups.items():
+        # In an order that does not depend on who wears what: a compiled graph holds for every plan over these adapters.
+        first = {key: min(order[ranked[row][level]] for row in rows) for key, rows in groups.items()}
+        for key, rows in sorted(groups.items(), key=lambda group: first[group[0]]):
             if isinstance(key, str):
                 plans.append((key, rows))
             else:

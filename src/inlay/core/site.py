@@ -154,10 +154,11 @@ class Site(nn.Module):
         if not worn:
             return out
         dtype = host.precision(out, (edit for _, edit, _, _ in worn))
+        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // host.now.batch
         jobs: list[route.Job] = []
         for step, edit, place, w in worn:
             call = host.now.call(step, place)
-            if not edit.idle(call, out.shape[1]):
+            if not edit.idle(call, tokens):
                 w = self.tensors(step.name) if w is None else w  # type: ignore[union-attr]
                 jobs.append((step, edit, edit.rounded(w, dtype), call))
         if not jobs:
@@ -195,7 +196,7 @@ class Site(nn.Module):
             if t.shape[:wide].numel() == batch:
                 return t.reshape(batch, 1, *t.shape[wide:])
         elif t.shape[0] == batch:
-            return t
+            return t[:, None] if t.dim() == 2 and t.is_floating_point() else t
         if now.layout is None and t.dim() == 2 and t.shape[0] % batch == 0:
             return t.unflatten(0, (batch, -1))
         raise InlayError(
