@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,21 +222,22 @@ def jobs(s: StudySettings) -> list[Job]:
     first, main, regime = s.families[0], s.methods[0], s.regimes[0]
     snapshots = tuple(sorted({*(n for n in s.snapshots if n < s.steps), s.steps}))
 
-    def plain(family: str, spec: str, kind: str) -> list[Job]:
-        return [Job("run", family, spec, kind, "plain", seed, s.items, s.steps, snapshots) for seed in s.seeds]
+    def plain(family: str, spec: str, kind: str, seed: int) -> Job:
+        return Job("run", family, spec, kind, "plain", seed, s.items, s.steps, snapshots)
 
-    made = plain(first, main, regime)
-    made += [
-        Job("run", first, main, regime, name, seed, s.items, s.control_steps, (), {"keep": s.keep})
-        for seed in s.seeds
-        for name in s.conditions
+    def controlled(name: str, seed: int) -> Job:
+        return Job("run", first, main, regime, name, seed, s.items, s.control_steps, (), {"keep": s.keep})
+
+    ranked = [m for m in s.methods if m.startswith(main.partition(":")[0])] if s.ks else []
+    elsewhere = [(f, m) for m in s.methods for f in s.families[1:]]
+    streams: list[tuple[float, list[Job]]] = [
+        (0.4, [Job("interference", first, m, regime, "", 0, s.items, 0, (), {"ks": list(s.ks)}) for m in ranked]),
+        (1.0, [controlled(name, seed) for seed in s.seeds for name in s.conditions]),
+        (1.0, [plain(first, main, kind, seed) for seed in s.seeds for kind in s.regimes[1:]]),
+        (1.6, [plain(first, spec, regime, seed) for seed in s.seeds for spec in s.methods[1:]]),
+        (1.8, [plain(family, main, regime, seed) for seed in s.seeds for family in s.families[1:]]),
+        (4.0, [plain(f, m, regime, seed) for seed in s.seeds for f, m in elsewhere if m != main]),
     ]
-    if s.ks:
-        ranked = [m for m in s.methods if m.startswith(main.partition(":")[0])]
-        made += [Job("interference", first, m, regime, "", 0, s.items, 0, (), {"ks": list(s.ks)}) for m in ranked]
-    made += [job for kind in s.regimes[1:] for job in plain(first, main, kind)]
-    made += [job for spec in s.methods[1:] for job in plain(first, spec, regime)]
-    made += [job for family in s.families[1:] for job in plain(family, main, regime)]
-    others: Sequence[tuple[str, str]] = [(f, m) for f in s.families[1:] for m in s.methods[1:]]
-    made += [job for family, spec in others for job in plain(family, spec, regime)]
-    return made
+    # Interleaved, so that a study that is cut short has some of everything, and most of what matters most.
+    placed = [(late * i / len(own), n, i) for n, (late, own) in enumerate(streams) for i in range(len(own))]
+    return [plain(first, main, regime, seed) for seed in s.seeds] + [streams[n][1][i] for _, n, i in sorted(placed)]

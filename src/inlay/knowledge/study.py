@@ -105,7 +105,7 @@ class Lab:
             how = MeasureSettings(batch_size=256)
             spare = Exam(host, tokenizer, world.retention(items, self.s.retained, seed), how)
             kept = Exam(host, tokenizer, known(spare), how)
-            self.tables = {key: (items, measure(host, tokenizer, items, how), Exam(host, tokenizer, items, how), kept)}
+            self.tables[key] = items, measure(host, tokenizer, items, how), Exam(host, tokenizer, items, how), kept
         return self.tables[key]
 
     def rate(self, spec: str) -> float:
