@@ -53,6 +53,8 @@ class Layout:
     """In reading order."""
     prompt_N: tuple[int, ...] = ()
     """Tokens of each sequence's prompt, counted from the beginning of what it continues."""
+    read_N: Tensor | None = None
+    """Places in the flattened batch whose last hidden state is read, each once; None: all may be."""
 
     def to(self, device: torch.device) -> Layout:
         """The same with its tensors elsewhere."""

@@ -160,7 +160,9 @@ def _before(site: Site | None) -> bool:
 
 def _fit(m: Any, site: Site | None, x: Tensor) -> bool:
     """Whether nothing stands between a layer's forward and its site."""
-    hooks = len(m._forward_hooks) == (site is not None) and len(m._forward_pre_hooks) == 1 + (site is not None)
+    hooks = len(m._forward_hooks) == (
+        site is not None
+    )  # hooks before it change what the forward and the site see alike
     mapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     same = x.dtype == m.weight.dtype and x.device == m.weight.device and not x.is_inference()
     return hooks and same and not mapped and not torch.is_autocast_enabled(x.device.type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,8 @@ def pack(
             scored.append(before if t == 0 else at + t - 1)  # type: ignore[arg-type]
             target.append(label)
     scored_N, target_N = (torch.tensor(t, dtype=torch.long, device=host.device) for t in (scored, target))
+    if parents is None:  # a parent's last token may be scored more than once
+        layout = replace(layout, read_N=scored_N)
     return Pack(inputs, layout, scored_N, target_N, sum(map(len, ids)))
 
 

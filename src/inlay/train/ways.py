@@ -22,6 +22,7 @@ from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example, unlearned
 from inlay.engine.fused import fused_linears
 from inlay.engine.head import Read
+from inlay.engine.last import only_read
 from inlay.engine.linear import fast_linears
 from inlay.engine.pack import Pack, budget, pack, packs, rounding, twice_biased
 from inlay.train.batches import Batch, collate
@@ -105,6 +106,8 @@ class Packed:
     def __init__(self, host: Host, pad: int, budget: int):
         self.host, self.pad, self.budget = host, pad, budget
         self.cache: Cache | None = None
+        self.narrow = True
+        """Whether the last block is computed only where it is read."""
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """As few packs as fit."""
@@ -137,7 +140,12 @@ class Packed:
         """Attention within sequences, and the faster products."""
         fast, self.host.fast = self.host.fast, True
         try:
-            with apart(self.host), fused_linears(self.host), fast_linears(self.host.model):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(apart(self.host))
+                stack.enter_context(fused_linears(self.host))
+                stack.enter_context(fast_linears(self.host.model))
+                if self.narrow and (self.cache is None or self.cache.below < self.host.anatomy.layers):
+                    stack.enter_context(only_read(self.host))
                 yield
         finally:
             self.host.fast = fast
@@ -150,7 +158,11 @@ def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: S
     if run.engine == "plain":
         return plain, ""
     packed = Packed(host, pad, run.pack_tokens or budget(host.device))
-    why = _refused(host, name, plain, packed, sorted(examples, key=lambda e: len(e.input_ids))[:3])
+    few = sorted(examples, key=lambda e: len(e.input_ids))[:3]
+    why = _refused(host, name, plain, packed, few)
+    if why:
+        packed.narrow = False
+        why = _refused(host, name, plain, packed, few)
     return (plain, f"batches are padded, not packed: {why}") if why else (packed, "")
 
 
