@@ -144,3 +144,12 @@ def test_detaching_leaves_no_trace_of_what_was_shelved():
     host.detach()
     assert [n for n, _ in model.named_modules()] == names
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_hung_adapter_leaves_and_the_shelved_ones_stay_worn():
+    donor, host = wearing("llama", "lora"), inlay.attach(base("llama"))
+    host.shelve("kept", donor.edits["lora-0"], donor.placement("lora-0"), donor.tensors("lora-0"))
+    want = logits(donor, "lora-0", **batch())
+    host.add("hung", small("lora"), at=places("lora", "llama"), seed=1).remove("hung")
+    torch.testing.assert_close(logits(host, "kept", **batch()), want, **NEAR)
+    assert not [n for n, _ in host.detach().named_modules() if "inlay" in n]

@@ -141,7 +141,7 @@ class Host:
                 self.sites[place.key].hang(name, place.wiring, made[place.key])
             elif common:
                 self.sites[place.key].hang(name, place.wiring, {})
-            elif not self.sites[place.key].wear:
+            elif not self.sites[place.key].wear and not self.shelf:
                 self._empty(place.key)
         if not any(name in s.places for s in self.sites.values()):
             self._leave(name)
@@ -231,10 +231,11 @@ class Host:
         places, shapes = self._known_cuts[edit, at]
         _same(name, shapes, tensors)
         by_place: dict[str, dict[str, Tensor]] = {p.key: {} for p in places}
+        device = self.device
         for key, t in tensors.items():
             place, _, k = key.rpartition("/")
             for w in by_place.values() if place == "shared" else (by_place[place],):
-                w[k] = t.to(self.device)
+                w[k] = t.to(device)
         if any(k.startswith("shared/") for k in tensors):  # one object everywhere, whatever the device
             one = {k: t for k, t in next(iter(by_place.values())).items() if f"shared/{k}" in tensors}
             by_place = {p: {**w, **one} for p, w in by_place.items()}
@@ -247,7 +248,7 @@ class Host:
         self._known(name)
         self.shelf.pop(name, None)
         for key in [k for k, s in self.sites.items() if name in s.places]:
-            if self.sites[key].drop(name):
+            if self.sites[key].drop(name, stay=bool(self.shelf)):
                 del self.sites[key]
         if name in self.common:
             del self.common[name]

@@ -114,14 +114,16 @@ class Site(nn.Module):
         """The place as an adapter with this wiring sees it."""
         return self.place if wiring == self.place.wiring else replace(self.place, wiring=wiring)
 
-    def drop(self, name: str) -> bool:
-        """Take an adapter away; True if nothing is left and the site has removed itself."""
+    def drop(self, name: str, stay: bool = False) -> bool:
+        """Take an adapter away; True if nothing is left and the site has removed itself, unless it is to `stay` for
+        shelved adapters."""
         del self.wear[name], self.places[name]
-        if not self.wear:
-            for hook in self._hooks:
-                hook.remove()
-            delattr(self.layer, self._child)
-        return not self.wear
+        if self.wear or stay:
+            return False
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self.layer, self._child)
+        return True
 
     def tensors(self, name: str) -> Weights:
         """An adapter's tensors as its edit sees them: its own here, and those it shares among places."""
