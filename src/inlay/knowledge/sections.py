@@ -67,7 +67,9 @@ def _accuracy(data: Data, runs: Sequence[Data], by: str, most: str, regime: str)
 
 
 def _name(*parts: str) -> str:
-    return "_".join(p.replace(" ", "-") for p in parts if p)
+    """A file name, of letters, digits, - and _ only."""
+    words = ("".join(c if c.isalnum() or c in "+-" else " " for c in p) for p in parts if p)
+    return "_".join("-".join(w.split()) for w in words)
 
 
 def shown(data: Data) -> list[dict[str, Any]]:

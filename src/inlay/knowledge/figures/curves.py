@@ -106,22 +106,23 @@ def deviations(made: states.Deviation, step: int | None = None, name: str = "dev
     bins, x, wide = made.bins, made.bins.centers, np.diff(made.bins.edges)
     top.bar(x, np.nan_to_num(bins.share), 0.92 * wide, color=RED, alpha=0.8, label="observed")
     full = bins.n > 0
-    top.plot(x[full], made.null[full], color=INK, linestyle="--", marker="_", label="null: answers permuted")
+    null, low, high, excess = (np.where(full, v, np.nan) for v in (made.null, made.low, made.high, made.excess))
+    top.plot(x, null, color=INK, linestyle="--", marker="_", label="null: answers permuted")
     for at, n, value, w in zip(x, bins.n, bins.share, wide, strict=True):
         if not n:
             top.axvspan(at - w / 2, at + w / 2, facecolor="none", edgecolor="#D8D8D8", hatch="///", linewidth=0)
         elif value == 0:
             top.annotate("0", (at, 0.0), ha="center", va="bottom", fontsize=8, color=RED)
         if n:
-            top.annotate(str(n), (at, 1.05), ha="center", fontsize=6.5, color=GREY, annotation_clip=False)
+            top.annotate(f"{n:g}", (at, 1.05), ha="center", fontsize=6.5, color=GREY, annotation_clip=False)
     share(top, 0, 1.12)
     when = f" at step {step}" if step is not None else ""
     say(top, DISTANCE, "share that went away", f"went away{when} (small: items; hatched: none)")
     legend(top, loc="upper right", bbox_to_anchor=(1, 0.93))
     rest.axhline(0, color=INK, linewidth=0.8)
-    rest.fill_between(x[full], made.low[full], made.high[full], color=GREY, alpha=0.3, label="95 % of permutations")
-    rest.plot(x[full], made.excess[full], color=BLUE, marker="o", markersize=4, label="observed less null")
-    edge = max(0.1, 1.15 * float(np.nanmax(np.abs([made.excess[full], made.low[full], made.high[full]]), initial=0)))
+    rest.fill_between(x, low, high, color=GREY, alpha=0.3, label="95 % of permutations")
+    rest.plot(x, excess, color=BLUE, marker="o", markersize=4, label="observed less null")
+    edge = max(0.1, 1.15 * float(np.nanmax(np.abs([excess[full], low[full], high[full]]), initial=0)))
     rest.set_ylim(-edge, edge)
     say(rest, DISTANCE, "excess", "what the arithmetic of distances does not explain")
     legend_below(rest, 2)

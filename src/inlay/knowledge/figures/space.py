@@ -106,8 +106,8 @@ def frame(made: TargetFrame, groups: Sequence[Any] | None = None, name: str = "t
             arrowprops={
                 "arrowstyle": "-|>",
                 "color": ARROW[colour],
-                "lw": 0.8,
-                "alpha": 0.6,
+                "lw": 0.7,
+                "alpha": 0.5,
                 "shrinkA": 0,
                 "shrinkB": 0,
             },
@@ -180,5 +180,5 @@ def heat_map(
                 axes.axvline(start - 0.5, color=INK, linewidth=0.6)
             axes.text((start + end - 1) / 2, len(m) - 0.2, str(kinds[start]), ha="center", va="top", fontsize=8)
         axes.set_xticks([])
-    say(axes, "", "item of the step" if "step" in title else "item", "")
+    say(axes, "", "item that the step is on" if "step" in title else "item")
     return Drawn(name, title, words, figure, plain({"matrix": m, "order": by, "relation": list(order or [])}))
