@@ -226,7 +226,7 @@ class Adapters:
         self._made += 1
         version = Version(name, f"{name}--{self._made}", source)
         try:
-            formats.read(self.host, self._folder(source), version.hung)
+            self._shelve(version.hung, self._folder(source))
             self._arrange()
             self._try(version.hung)
         except Exception as e:  # a damaged file may fail anywhere
@@ -242,6 +242,17 @@ class Adapters:
         self.sweep()
         return version
 
+    def _shelve(self, hung: str, folder: Path) -> None:
+        """Read an adapter as any folder is read, and keep it folded: it is never trained here."""
+        host = self.host
+        formats.read(host, folder, hung)
+        edit, at = host.edits[hung], host.placement(hung)
+        tensors = {k: t.detach() for k, t in host.tensors(hung).items()}
+        host.remove(hung)
+        if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
+            raise Refused("the adapter's tensors are not finite", 422, "adapter_broken", "source")
+        host.shelve(hung, edit, at, tensors)
+
     def _arrange(self) -> None:
         """The host applies adapters in the order in which they were hung, which here is chance: order them by name, so
         that `a+b` says the same whoever was loaded first."""
@@ -253,11 +264,10 @@ class Adapters:
     def _try(self, hung: str) -> None:
         """A forward of a few tokens: what fails here would fail in a batch with others."""
         ids = torch.arange(4, device=self.host.device)[None]
-        with quiet(self.host), self.host.using(hung):
+        with quiet(self.host), self.host.steady(), self.host.using(hung):
             logits = self.host.model(input_ids=ids, use_cache=False).logits
-        own = [t for t in self.host.tensors(hung).values() if t.is_floating_point()]  # attention may hide a NaN
-        if not all(t.isfinite().all() for t in (logits, *own)):
-            raise Refused("the adapter's tensors, or what it says, are not finite", 422, "adapter_broken", "source")
+        if not logits.isfinite().all():
+            raise Refused("the adapter makes logits that are not finite", 422, "adapter_broken", "source")
 
     def _retire(self, version: Version | None) -> None:
         if version is not None:
