@@ -68,7 +68,7 @@ def _accuracy(data: Data, runs: Sequence[Data], by: str, most: str, regime: str)
 
 def _name(*parts: str) -> str:
     """A file name, of letters, digits, - and _ only."""
-    words = ("".join(c if c.isalnum() or c in "+-" else " " for c in p) for p in parts if p)
+    words = ("".join(c if c.isalnum() or c in "+-_" else " " for c in p) for p in parts if p)
     return "_".join("-".join(w.split()) for w in words)
 
 
