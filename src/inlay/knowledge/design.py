@@ -234,9 +234,9 @@ def jobs(s: StudySettings) -> list[Job]:
         (0.4, [Job("interference", first, m, regime, "", 0, s.items, 0, (), {"ks": list(s.ks)}) for m in ranked]),
         (1.0, [controlled(name, seed) for seed in s.seeds for name in s.conditions]),
         (1.0, [plain(first, main, kind, seed) for seed in s.seeds for kind in s.regimes[1:]]),
-        (1.6, [plain(first, spec, regime, seed) for seed in s.seeds for spec in s.methods[1:]]),
-        (1.8, [plain(family, main, regime, seed) for seed in s.seeds for family in s.families[1:]]),
-        (4.0, [plain(f, m, regime, seed) for seed in s.seeds for f, m in elsewhere if m != main]),
+        (3.0, [plain(first, spec, regime, seed) for seed in s.seeds for spec in s.methods[1:]]),
+        (3.0, [plain(family, main, regime, seed) for seed in s.seeds for family in s.families[1:]]),
+        (12.0, [plain(f, m, regime, seed) for seed in s.seeds for f, m in elsewhere if m != main]),
     ]
     # Interleaved, so that a study that is cut short has some of everything, and most of what matters most.
     placed = [(late * i / len(own), n, i) for n, (late, own) in enumerate(streams) for i in range(len(own))]
