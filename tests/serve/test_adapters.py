@@ -203,6 +203,17 @@ def test_a_hub_id_is_read_from_the_hubs_cache(host, root, folder, tmp_path, monk
     assert status(lambda: adapters.load("third", "hub:org/nothing")) == 422
 
 
+def test_a_folder_put_beside_the_others_is_served_until_it_is_unloaded(host, root, folder):
+    adapters = Adapters(host, [folder])
+    assert status(lambda: adapters.lease("late")) == 404
+    shutil.copytree(root / "spare" / "lora", folder / "late")
+    assert says(host, adapters.bring("late")) == want(root, "lora", "spare") and "late" in adapters.names()
+    adapters.unload("late")
+    assert status(lambda: adapters.lease("late")) == 404
+    adapters.load("late")
+    assert says(host, adapters.lease("late")) == want(root, "lora", "spare")
+
+
 def test_start(host, root, tmp_path):
     one = Adapters(host, [root / "adapters" / "lora"])
     assert one.names() == ["lora"]

@@ -88,6 +88,7 @@ class Adapters:
         self._known: dict[str, str] = {}
         self._loaded: OrderedDict[str, Version] = OrderedDict()
         self._broken: dict[str, str] = {}
+        self._gone: set[str] = set()
         self._retired: list[Version] = []
         self._lock = threading.RLock()
         self._made = 0
@@ -132,7 +133,7 @@ class Adapters:
             raise Refused(f"the model {model!r} names an adapter twice", 400, "invalid_model", "model")
         with self._lock:
             for name in parts:
-                if name not in self._known:
+                if not self._finds(name):
                     raise Refused(f"the model {name!r} does not exist; /v1/models lists those that do", 404,
                                   "model_not_found", "model")  # fmt: skip
                 if name in self._broken and name not in self._loaded:
@@ -146,6 +147,14 @@ class Adapters:
                 self._loaded.move_to_end(v.name)
             worn = tuple(v.hung for v in versions)
             return Lease(worn, room(self.host, worn), versions, self)
+
+    def _finds(self, name: str) -> bool:
+        """Whether a name is known, or a folder of that name has been put beside the others."""
+        if name not in self._known and name not in self._gone and name not in self.base and NAME.fullmatch(name):
+            found = next((own for root in self.roots if (own := _adapter_in(root / name))), None)
+            if found is not None:
+                self._known[name] = str(found)
+        return name in self._known
 
     def _held(self, versions: Iterable[Version]) -> None:
         with self._lock:
@@ -189,6 +198,7 @@ class Adapters:
         version = self._hang(name, where)
         with self._lock:
             self._known[name] = where
+            self._gone.discard(name)
         return version
 
     def unload(self, name: str) -> None:
@@ -197,6 +207,7 @@ class Adapters:
             if name not in self._known:
                 raise Refused(f"there is no adapter {name!r}", 404, "model_not_found", "name")
             del self._known[name]
+            self._gone.add(name)
             self._broken.pop(name, None)
             self._retire(self._loaded.pop(name, None))
         self.sweep()

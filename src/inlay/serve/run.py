@@ -29,16 +29,10 @@ log = logging.getLogger(__name__)
 
 def run(s: ServeSettings) -> None:
     """Load the base, serve until a signal, end what is in flight."""
-    import torch
-
-    s.keys()
     logging.basicConfig(level=s.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    model, tokenizer = load_base(s.model, s.dtype, s.device)
     doors = Doors()
-    app, batcher = build(s, attach(model), tokenizer, doors)
+    app, batcher = application(s, doors)
     if s.host not in ("127.0.0.1", "localhost", "::1") and s.keys()[0] is None:
         log.warning("listening at %s without an API key: anybody who reaches it may use it", s.host)
     config = uvicorn.Config(app, s.host, s.port, log_config=None, access_log=s.log in ("info", "debug"),
@@ -47,6 +41,17 @@ def run(s: ServeSettings) -> None:
         Server(config, doors, batcher, s.drain, s.drain_delay).run()
     finally:
         batcher.stop(10)
+
+
+def application(s: ServeSettings, doors: Doors | None = None) -> tuple[Any, Batcher]:
+    """(an ASGI application for any server, its batcher), the base loaded."""
+    import torch
+
+    s.keys()
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    model, tokenizer = load_base(s.model, s.dtype, s.device)
+    return build(s, attach(model), tokenizer, doors or Doors())
 
 
 def build(s: ServeSettings, host: Host, tokenizer: Any, doors: Doors) -> tuple[Any, Batcher]:
