@@ -142,6 +142,11 @@ class Edit:
         """Whether `before` and `after` also take tensors of a row each, matrices (B, p, q) and vectors (B, 1, p)."""
         return False
 
+    def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
+        """Tensors with which this same edit, folded, says y + sum s (edit(x, y) - y) over parts (s, tensors); None if
+        no such tensors exist."""
+        return None
+
     def idle(self, call: Call, tokens: int) -> bool:
         """Whether this step of so many tokens passes unchanged, whatever the tensors hold."""
         return False

@@ -61,6 +61,12 @@ class Folded:
     at: Mapping[str, Weights]
     """place key -> what its edit is given: views of `flat`."""
 
+    def loose(self) -> dict[str, Tensor]:
+        """Its tensors by the names that `Host.tensors` gives."""
+        shared = {f"shared/{k}": next(iter(self.at.values()))[k] for k in self.cut.pieces[SHARED]}
+        own = {f"{p}/{k}": w[k] for p, w in self.at.items() for k in self.cut.pieces[p]}
+        return shared | own
+
     @property
     def bytes(self) -> int:
         """Of memory."""

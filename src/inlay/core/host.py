@@ -1,7 +1,7 @@
 """The engine: a frozen decoder wearing adapters, each row of a batch its own.
 
-What happens to a batch: `_begin` (top of the forward) turns the plan into a route and makes room for virtual tokens;
-each `Site` sends its rows through their edits; `_end` cuts the room off again.
+What happens to a batch: `Forward.begin` (top of the forward) turns the plan into a route and makes room for virtual
+tokens; each `Site` sends its rows through their edits; `Forward.end` cuts the room off again.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core import replay, room
+from inlay.core import replay
 from inlay.core.edit import Edit, Weights
 from inlay.core.errors import InlayError, unknown
-from inlay.core.fold import Folded, Stacks, fold
+from inlay.core.fold import Stacks
+from inlay.core.forward import Forward
 from inlay.core.layout import Layout, lay_out
 from inlay.core.place import Anatomy, Place, Spot, locate
 from inlay.core.ready import Folds, Ready
-from inlay.core.route import STRATEGIES, Route, Worn, read_plan, route_packed, spread
+from inlay.core.route import STRATEGIES, Route, Worn, read_plan, spread
+from inlay.core.shelf import Shelf, same_shapes
 from inlay.core.site import Site, Wear
 
 STACK_BYTES = 1 << 30
@@ -57,28 +58,23 @@ class Host:
         self.edits: dict[str, Edit] = {}
         self.sites: dict[str, Site] = {}
         self.common: dict[str, Wear] = {}
-        self.shelf: dict[str, Folded] = {}
+        self.shelf = Shelf(self)
         self.stacks = Stacks(STACK_BYTES)
         self.folds = Folds()
         self._steady = 0
         self._order: dict[str, int] | None = None
-        self._known_cuts: dict[tuple, tuple[list[Place], dict[str, torch.Size]]] = {}
         self.now = Route()
         self.plan: tuple[Worn, ...] = ((),)
         self.side: dict[str, Tensor] = {}
         self._bare = True
-        self._depth = 0
-        self._wide = 0
-        self._layout: Layout | None = None
-        self._prompt_B: Tensor | None = None
-        self._decoder_only = False
+        self.forward = Forward(self)
         self._ready: Ready | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._checkpointed = replay.checkpointed(model)
         heads = [model, *([inner] if (inner := getattr(model, "base_model", model)) is not model else [])]
-        self._hooks = [m.register_forward_pre_hook(self._begin, with_kwargs=True) for m in heads]
-        self._hooks += [m.register_forward_hook(self._end, with_kwargs=True, always_call=True) for m in heads]
+        self._hooks = [m.register_forward_pre_hook(self.forward.begin, with_kwargs=True) for m in heads]
+        self._hooks += [m.register_forward_hook(self.forward.end, with_kwargs=True, always_call=True) for m in heads]
         object.__setattr__(model, "_inlay_host", self)
 
     @property
@@ -221,25 +217,15 @@ class Host:
             tensors: by the names that `tensors` of a hung one gives; one missing, left over or of another shape is an
                 error.
         """
+        return self._shelve(name, edit, at, tensors, check=True)
+
+    def keep(self, name: str, edit: Edit, at: Iterable[str], tensors: Mapping[str, Tensor]) -> Host:
+        """As `shelve`, for tensors that are right by construction: of an edit that has no start of its own."""
+        return self._shelve(name, edit, at, tensors, check=False)
+
+    def _shelve(self, name: str, edit: Edit, at, tensors: Mapping[str, Tensor], check: bool) -> Host:
         self._free(name)
-        at = at if at is None or isinstance(at, str) else tuple(at)
-        if (edit, at) not in self._known_cuts:
-            places = self._places(self._spots(edit, at))
-            common, made = self._start(edit, places, 0, torch.float32)
-            shapes = {_key(p, k): t.shape for p, w in {**made, "shared": common}.items() for k, t in w.items()}
-            self._known_cuts[edit, at] = [p for p in places if made[p.key] or common], shapes
-        places, shapes = self._known_cuts[edit, at]
-        _same(name, shapes, tensors)
-        by_place: dict[str, dict[str, Tensor]] = {p.key: {} for p in places}
-        device = self.device
-        for key, t in tensors.items():
-            place, _, k = key.rpartition("/")
-            for w in by_place.values() if place == "shared" else (by_place[place],):
-                w[k] = t.to(device)
-        if any(k.startswith("shared/") for k in tensors):  # one object everywhere, whatever the device
-            one = {k: t for k, t in next(iter(by_place.values())).items() if f"shared/{k}" in tensors}
-            by_place = {p: {**w, **one} for p, w in by_place.items()}
-        self.shelf[name] = fold(edit, places, by_place, self.folded_dtype)
+        self.shelf.place(name, edit, at if at is None or isinstance(at, str) else tuple(at), tensors, check)
         self._enter(name, edit)
         return self
 
@@ -316,11 +302,11 @@ class Host:
 
         The caller gives ids, position ids and attention that keeps sequences apart (`inlay.engine`).
         """
-        self._layout = layout
+        self.forward.layout = layout
         try:
             yield self
         finally:
-            self._layout = None
+            self.forward.layout = None
 
     @contextlib.contextmanager
     def prompts(self, tokens_B: Sequence[int] | Tensor) -> Iterator[Host]:
@@ -329,21 +315,21 @@ class Host:
         Without it a prompt ends before the first label, or where the first forward of a KV cache ends. So tell it when
         generating without a cache, or when scoring answers without labels. Packed forwards know it from their layout.
         """
-        before, self._prompt_B = self._prompt_B, torch.as_tensor(tokens_B, device=self.device)
+        before, self.forward.prompt_B = self.forward.prompt_B, torch.as_tensor(tokens_B, device=self.device)
         try:
             yield self
         finally:
-            self._prompt_B = before
+            self.forward.prompt_B = before
 
     @contextlib.contextmanager
     def decoder_only(self) -> Iterator[Host]:
         """In this block a forward begins where the model calls its decoder (`base_model`), not at the model's own top:
         whatever stands there may first take the batch apart."""
-        self._decoder_only = True
+        self.forward.decoder_only = True
         try:
             yield self
         finally:
-            self._decoder_only = False
+            self.forward.decoder_only = False
 
     def lay_out(
         self,
@@ -401,7 +387,7 @@ class Host:
     def fill(self, name: str, values: Mapping[str, Tensor]) -> Host:
         """Set an adapter's tensors; one missing, left over or of another shape is an error and changes nothing."""
         mine = self.tensors(name)
-        _same(name, {k: t.shape for k, t in mine.items()}, values)
+        same_shapes(name, {k: t.shape for k, t in mine.items()}, values)
         for k, p in mine.items():
             p.copy_(values[k])
         return self
@@ -411,103 +397,3 @@ class Host:
         """The type in which these edits of y are computed; their result is rounded once, to y's type."""
         coarse = self.fast and all(e.coarse is not None for e in edits)
         return y.dtype if coarse or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
-
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict):
-        if self._decoder_only and model is self.model:
-            return None
-        self._depth += 1
-        if self._depth > 1:
-            return None
-        past = kwargs.get("past_key_values")
-        if self._layout is not None:
-            if past is not None:
-                raise InlayError("a packed forward has no KV cache: leave past_key_values and use_cache out")
-            self.now = self._routed_packed(self._layout, model.training)
-            return None
-        if self._bare:
-            self.now = Route()
-            _same_room(past, 0)
-            return None
-        ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        if self._checkpointed and torch.is_grad_enabled():
-            replay.wrap(self, self._checkpointed)
-        batch = ids.shape[0]
-        if self._ready is None or self._ready.batch != batch:  # beam search repeats the rows of the plan
-            self._ready = Ready(self, batch)
-        base, space = self._ready.route(self, ids.shape[1], model.training), self._ready.room
-        side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.side.items()}
-        self.now = replace(base, training=model.training, side=side)
-        _same_room(past, space.wide if space else 0)
-        if space is None:
-            return None
-        seen = int(past.get_seq_length()) if past is not None else 0
-        if (place_B := getattr(past, "place_B", None)) is not None:
-            # A cache of slots: each row is at a place of its own, and its virtual tokens were given among the ids.
-            first = {n: seen - place_B + offset for n, offset in space.offset.items()}
-            fed_B = torch.where(place_B > 0, 0, place_B + ids.shape[1] - space.need_B)
-            self.now = replace(self.now, seen=seen, first=first, side=side | self._prompt(space, fed_B))
-            return None
-        if seen and space.wide and not hasattr(past, "_inlay_wide"):
-            raise InlayError("this KV cache was made without virtual tokens; start from an empty cache after use()")
-        kwargs, first_B, prompt_B = room.widen(model, args, kwargs, space, seen)
-        first = {n: first_B + offset for n, offset in space.offset.items()}
-        self.now = replace(self.now, seen=seen, first=first, side=side | self._prompt(space, prompt_B))
-        self._wide = 0 if seen else space.wide
-        if past is not None and not seen:
-            past._inlay_wide = space.wide
-        return (), kwargs
-
-    def _prompt(self, space: room.Room, found_B: Tensor) -> dict[str, Tensor]:
-        """Where prompts end, for those who ask: as told, or as found in the forward's arguments."""
-        if not space.prompted:
-            return {}
-        told = self._prompt_B
-        return {"prompt": found_B if told is None else told.repeat_interleave(len(found_B) // len(told))}
-
-    def _routed_packed(self, layout: Layout, training: bool) -> Route:
-        if self._checkpointed and torch.is_grad_enabled():
-            replay.wrap(self, self._checkpointed)
-        with torch.inference_mode(False):
-            made = route_packed(self.plan, self.order, layout)
-            owner = layout.owner_RW.flatten().clamp(min=0)
-            side = {k: v[owner // (len(layout.length_N) // len(v))] for k, v in self.side.items()}
-            if any(self.edits[n].prompted for names in self.plan for n in names):
-                side["prompt"] = torch.tensor(layout.prompt_N, device=owner.device)[owner]
-        return replace(made, training=training, side=side)
-
-    def _end(self, model: nn.Module, args: tuple, kwargs: dict, out):
-        if self._decoder_only and model is self.model:
-            return None
-        self._depth -= 1
-        if self._depth or not self._wide or out is None:
-            return None
-        wide, self._wide = self._wide, 0
-        if (cache := getattr(out, "past_key_values", None)) is not None:
-            cache._inlay_wide = wide
-        ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        return room.strip(out, ids.shape[1] - wide, wide)
-
-
-def _key(place: str, name: str) -> str:
-    return f"{place}/{name}"
-
-
-def _same(name: str, mine: Mapping[str, torch.Size], values: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not exactly an adapter's."""
-    problems = [f"missing {k}" for k in mine.keys() - values.keys()] + [
-        f"unexpected {k}" for k in values.keys() - mine.keys()
-    ]
-    problems += [
-        f"{k} is {tuple(values[k].shape)}, wanted {tuple(mine[k])}"
-        for k in mine.keys() & values.keys()
-        if values[k].shape != mine[k]
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise InlayError(f"these tensors are not those of {name!r}: {'; '.join(sorted(problems)[:4])}{more}")
-
-
-def _same_room(past: Any, wide: int) -> None:
-    """A KV cache carries the reserved columns it was made with; another plan would miscount them."""
-    if past is not None and getattr(past, "_inlay_wide", wide) != wide:
-        raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")

@@ -16,9 +16,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
@@ -33,8 +34,11 @@ MEANING = ("format", "version", "method", "settings", "places", "tensors")
 
 def describe(edit: Edit) -> dict[str, Any]:
     """An edit as JSON values: its kind and all its settings, edits among them likewise."""
-    values = {f.name: getattr(edit, f.name) for f in fields(edit)}
-    return {"method": edit.kind, "settings": {k: describe(v) if isinstance(v, Edit) else v for k, v in values.items()}}
+
+    def value(v: Any) -> Any:
+        return describe(v) if isinstance(v, Edit) else [value(i) for i in v] if isinstance(v, tuple) else v
+
+    return {"method": edit.kind, "settings": {f.name: value(getattr(edit, f.name)) for f in fields(edit)}}
 
 
 def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
@@ -49,7 +53,7 @@ def rebuild(about: Mapping[str, Any], edits: Mapping[str, type[Edit]]) -> Edit:
         )
 
     def value(v: Any) -> Any:
-        return rebuild(v, edits) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
+        return rebuild(v, edits) if isinstance(v, dict) else tuple(map(value, v)) if isinstance(v, list) else v
 
     return kind(**{k: value(v) for k, v in about["settings"].items()})
 
@@ -138,10 +142,11 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise InlayError(
             f"{file} names the tensors {record['tensors']['file']!r}, which are not beside it; restore them from a copy"
         )
-    if sha256(path) != expected:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != expected:
         raise InlayError(f"{path} is damaged: its SHA-256 is not the one in adapter.json. Restore it from a copy")
     try:
-        return record, load_file(path)
+        return record, safetensors.torch.load(content)
     except SafetensorError as e:
         raise InlayError(f"{path} cannot be read: {e}") from e
 
@@ -159,13 +164,8 @@ def load(
         name: what to call it; the name it was saved under by default.
         allow_other_base: take an adapter whose base has other weights (not another shape) than this one.
     """
-    record, tensors = read(folder)
+    record, tensors = _for(host, folder, allow_other_base)
     name = name or record["name"]
-    told = differences(record["base"], fingerprint(host))
-    if told and not (allow_other_base and all("weights" in t for t in told)):
-        base = record["base"]["name"] or f"a {record['base']['family']}"
-        cure = "; allow_other_base=True takes it all the same" if all("weights" in t for t in told) else ""
-        raise InlayError(f"{folder} was trained on another base ({base}): {'; '.join(told[:3])}{cure}")
     host.add(name, rebuild(record, edits), at=record["places"])
     try:
         host.fill(name, tensors)
@@ -173,3 +173,27 @@ def load(
         host.remove(name)
         raise
     return name
+
+
+def shelve(
+    host: Host,
+    folder: str | Path,
+    edits: Mapping[str, type[Edit]],
+    name: str | None = None,
+    allow_other_base: bool = False,
+) -> str:
+    """As `load`, for an adapter that will only be worn (`Host.shelve`)."""
+    record, tensors = _for(host, folder, allow_other_base)
+    name = name or record["name"]
+    host.shelve(name, rebuild(record, edits), record["places"], tensors)
+    return name
+
+
+def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    record, tensors = read(folder)
+    told = differences(record["base"], fingerprint(host))
+    if told and not (allow_other_base and all("weights" in t for t in told)):
+        base = record["base"]["name"] or f"a {record['base']['family']}"
+        cure = "; allow_other_base=True takes it all the same" if all("weights" in t for t in told) else ""
+        raise InlayError(f"{folder} was trained on another base ({base}): {'; '.join(told[:3])}{cure}")
+    return record, tensors

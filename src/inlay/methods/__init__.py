@@ -8,6 +8,7 @@ import pkgutil
 from inlay.core.edit import Edit
 from inlay.core.errors import unknown
 from inlay.core.method import Method
+from inlay.methods.compose import EDITS as COMPOSED
 
 METHODS: dict[str, Method] = {
     row.name: row
@@ -15,7 +16,7 @@ METHODS: dict[str, Method] = {
     for row in getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHODS", ())
 }
 """Name -> method, over all files of this folder."""
-EDITS: dict[str, type[Edit]] = {row.edit.kind: row.edit for row in METHODS.values()}
+EDITS: dict[str, type[Edit]] = {row.edit.kind: row.edit for row in METHODS.values()} | {e.kind: e for e in COMPOSED}
 """The name that files carry -> edit."""
 
 

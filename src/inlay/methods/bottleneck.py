@@ -98,6 +98,14 @@ class Bottleneck(Edit):
     def stacks(self, place: Place) -> bool:
         return True
 
+    def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
+        """Hidden units side by side."""
+        found = {"D": torch.cat([w["D"] for _, w in parts]), "U": torch.cat([s * w["U"] for s, w in parts], 1)}
+        if all("c" in w for _, w in parts):
+            found["c"] = torch.cat([w["c"] for _, w in parts])
+            found["e"] = sum(s * w["e"] for s, w in parts)  # type: ignore[assignment]
+        return found if "c" in found or not any("c" in w for _, w in parts) else None
+
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
         """The bottleneck itself: (..., width) -> (..., D_out)."""
         z = F.dropout(z, self.dropout, call.training)

@@ -66,6 +66,9 @@ class BitFit(Edit):
     def stacks(self, place: Place) -> bool:
         return True
 
+    def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
+        return {"bias": sum(s * w["bias"] for s, w in parts)}  # type: ignore[dict-item]
+
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {"bias": torch.zeros(place.d_out)} if place.has_bias or self.new else {}
 

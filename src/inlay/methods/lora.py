@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -79,6 +79,9 @@ class LoRA(Edit):
     def stacks(self, place: Place) -> bool:
         return place.role != "embed"
 
+    def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
+        return side_by_side(parts) if self == PLAIN else None
+
     def low_rank(self, w: Weights, call: Call) -> LowRank | None:
         drops = self.dropout and call.training
         return None if drops or "_A0" in w else LowRank(w["A"], w["B"], self.scale)
@@ -90,6 +93,11 @@ class LoRA(Edit):
         if "_A0" in w:  # less where it started; subtracted first, so that a fresh adapter changes nothing
             return y + (low_rank(x, w["A"], w["B"], self.scale) - low_rank(x, w["_A0"], w["_B0"], self.scale))
         return low_rank(x, w["A"], w["B"], self.scale, onto=y)
+
+
+def side_by_side(parts: Sequence[tuple[float, Weights]]) -> dict[str, Tensor]:
+    """Factors of sum s B A."""
+    return {"A": torch.cat([w["A"] for _, w in parts]), "B": torch.cat([s * w["B"] for s, w in parts], 1)}
 
 
 PLAIN = LoRA(rank=1, alpha=1.0)
@@ -151,6 +159,11 @@ class _Gained(Edit):
 
     def stacks(self, place: Place) -> bool:
         return True
+
+    def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
+        gain = 1 + sum(s * (w["gain"] - 1) for s, w in parts)
+        bias = {"b": sum(s * w["b"] for s, w in parts)} if "b" in parts[0][1] else {}
+        return {**side_by_side(parts), "gain": gain, **bias}  # type: ignore[dict-item]
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         scaled = torch.addcmul(w["b"], y, w["gain"]) if "b" in w else w["gain"] * y

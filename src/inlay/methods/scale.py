@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,9 @@ class IA3(Edit):
 
     def stacks(self, place: Place) -> bool:
         return True
+
+    def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
+        return {"l": 1 + sum(s * (w["l"] - 1) for s, w in parts)}  # type: ignore[dict-item]
 
     def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
         return x * w["l"] if self.wiring_of(call) == "input" else x

@@ -1,0 +1,114 @@
+"""One forward of a host's model: the plan becomes a route at its top, and reserved columns are cut off at its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import replay, room
+from inlay.core.errors import InlayError
+from inlay.core.layout import Layout
+from inlay.core.ready import Ready
+from inlay.core.route import Route, route_packed
+
+if TYPE_CHECKING:
+    from inlay.core.host import Host
+
+
+class Forward:
+    """The hooks around a model's forward, and what was said about the forwards to come."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.layout: Layout | None = None
+        """Set while forwards are packed."""
+        self.prompt_B: Tensor | None = None
+        """Tokens of each row's prompt, where the caller told."""
+        self.decoder_only = False
+        """Whether a forward begins at the decoder and not at the model's own top."""
+        self._depth = 0
+        self._wide = 0
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict):
+        if self.decoder_only and model is self.host.model:
+            return None
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        past = kwargs.get("past_key_values")
+        if self.layout is not None:
+            if past is not None:
+                raise InlayError("a packed forward has no KV cache: leave past_key_values and use_cache out")
+            self.host.now = self._routed_packed(self.layout, model.training)
+            return None
+        if self.host._bare:
+            self.host.now = Route()
+            _same_room(past, 0)
+            return None
+        ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        if self.host._checkpointed and torch.is_grad_enabled():
+            replay.wrap(self.host, self.host._checkpointed)
+        batch = ids.shape[0]
+        if self.host._ready is None or self.host._ready.batch != batch:  # beam search repeats the rows of the plan
+            self.host._ready = Ready(self.host, batch)
+        base, space = self.host._ready.route(self.host, ids.shape[1], model.training), self.host._ready.room
+        side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.host.side.items()}
+        self.host.now = replace(base, training=model.training, side=side)
+        _same_room(past, space.wide if space else 0)
+        if space is None:
+            return None
+        seen = int(past.get_seq_length()) if past is not None else 0
+        if (place_B := getattr(past, "place_B", None)) is not None:
+            # A cache of slots: each row is at a place of its own, and its virtual tokens were given among the ids.
+            first = {n: seen - place_B + offset for n, offset in space.offset.items()}
+            fed_B = torch.where(place_B > 0, 0, place_B + ids.shape[1] - space.need_B)
+            self.host.now = replace(self.host.now, seen=seen, first=first, side=side | self._prompt(space, fed_B))
+            return None
+        if seen and space.wide and not hasattr(past, "_inlay_wide"):
+            raise InlayError("this KV cache was made without virtual tokens; start from an empty cache after use()")
+        kwargs, first_B, prompt_B = room.widen(model, args, kwargs, space, seen)
+        first = {n: first_B + offset for n, offset in space.offset.items()}
+        self.host.now = replace(self.host.now, seen=seen, first=first, side=side | self._prompt(space, prompt_B))
+        self._wide = 0 if seen else space.wide
+        if past is not None and not seen:
+            past._inlay_wide = space.wide
+        return (), kwargs
+
+    def _prompt(self, space: room.Room, found_B: Tensor) -> dict[str, Tensor]:
+        """Where prompts end, for those who ask: as told, or as found in the forward's arguments."""
+        if not space.prompted:
+            return {}
+        told = self.prompt_B
+        return {"prompt": found_B if told is None else told.repeat_interleave(len(found_B) // len(told))}
+
+    def _routed_packed(self, layout: Layout, training: bool) -> Route:
+        if self.host._checkpointed and torch.is_grad_enabled():
+            replay.wrap(self.host, self.host._checkpointed)
+        with torch.inference_mode(False):
+            made = route_packed(self.host.plan, self.host.order, layout)
+            owner = layout.owner_RW.flatten().clamp(min=0)
+            side = {k: v[owner // (len(layout.length_N) // len(v))] for k, v in self.host.side.items()}
+            if any(self.host.edits[n].prompted for names in self.host.plan for n in names):
+                side["prompt"] = torch.tensor(layout.prompt_N, device=owner.device)[owner]
+        return replace(made, training=training, side=side)
+
+    def end(self, model: nn.Module, args: tuple, kwargs: dict, out):
+        if self.decoder_only and model is self.host.model:
+            return None
+        self._depth -= 1
+        if self._depth or not self._wide or out is None:
+            return None
+        wide, self._wide = self._wide, 0
+        if (cache := getattr(out, "past_key_values", None)) is not None:
+            cache._inlay_wide = wide
+        ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        return room.strip(out, ids.shape[1] - wide, wide)
+
+
+def _same_room(past: Any, wide: int) -> None:
+    """A KV cache carries the reserved columns it was made with; another plan would miscount them."""
+    if past is not None and getattr(past, "_inlay_wide", wide) != wide:
+        raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")
