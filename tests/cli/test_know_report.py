@@ -106,3 +106,48 @@ def test_report_says_what_is_missing(tmp_path, inlay_):
     for verb in ("interfere", "report", "study"):
         code, text, _ = inlay_("know", verb, "--help")
         assert code == 0 and f"inlay know {verb}" in text
+
+
+def test_report_from_a_watched_run_has_a_null_where_the_base_is_given(base, facts, tmp_path, inlay_):
+    known = tmp_path / "known.jsonl"
+    write_items(known, [Item(f"k{i}", f"other {i}:", "a") for i in range(3)])
+    argv = (
+        "--items",
+        facts,
+        "--retention",
+        known,
+        "--rank",
+        2,
+        "--steps",
+        4,
+        "--batch-size",
+        4,
+        "--warmup",
+        0,
+        "--at",
+        "down",
+    )
+    out = tmp_path / "run"
+    code, _, err = inlay_("know", "watch", "--model", base, *argv, "--lr", 0.1, "--out", out, "--no-progress")
+    assert code == 0, err
+    for more, has in (((), False), (("--model", base), True)):
+        page = tmp_path / f"page{has}"
+        code, _, err = inlay_("know", "report", out, *more, "--out", page, "--no-progress")
+        assert code == 0, err
+        data = json.loads((page / "report.json").read_text())
+        (run,) = data["runs"]
+        assert run["method"] == "lora" and 0 <= run["retention"] <= 1 and len(run["snapshots"]) == 4
+        assert ("deviation" in run) is has and (page / "figures" / "deviation.png").exists() is has
+        assert (
+            any("no paraphrases" in n for n in data["notes"]) and any("--model" in n for n in data["notes"]) is not has
+        )
+    if has:
+        n = sum(run["deviation"]["bins"]["n"])
+        assert n == 10, "items that the base gets wrong"
+
+
+def test_a_run_watched_without_retained_facts_is_not_reported(base, facts, tmp_path, inlay_):
+    argv = ("--items", facts, "--rank", 2, "--steps", 2, "--batch-size", 4, "--warmup", 0, "--at", "down")
+    inlay_("know", "watch", "--model", base, *argv, "--out", tmp_path / "run", "--no-progress")
+    code, _, err = inlay_("know", "report", tmp_path / "run", "--out", tmp_path / "page")
+    assert code == 2 and "retained" in err
