@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -110,6 +112,42 @@ def test_full_fine_tuning_is_plain_training(tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert [m["loss"] for m in lines(tmp_path)] == pytest.approx(losses, rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3, 0.25, 40])
+def test_the_schedule_is_transformers(kind, warmup, tmp_path):
+    from transformers import get_scheduler
+
+    from inlay.train.loop import schedule
+
+    s = settings(tmp_path, schedule=kind, warmup=warmup).optim
+    rates = []
+    for make in (
+        lambda o: schedule(o, s, 20),
+        lambda o: get_scheduler(
+            "constant_with_warmup" if kind == "constant" else kind, o, round(20 * warmup) if warmup < 1 else warmup, 20
+        ),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        rate = make(optimizer)
+        rates.append([])
+        for _ in range(25):
+            rates[-1].append(rate.get_last_lr()[0])
+            optimizer.step()
+            rate.step()
+    assert rates[0] == rates[1]
+
+
+def test_training_does_not_import_the_peers():
+    """PEFT and what it imports would take 75 MiB of every run."""
+    code = (
+        "import sys, inlay.train, inlay.train.loop as l, torch; from inlay.train.settings import OptimSettings;"
+        "o = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1); l.schedule(o, OptimSettings(), 3);"
+        "print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

@@ -8,12 +8,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only
 
 from inlay.core.errors import InlayError
@@ -80,13 +82,21 @@ def adamw(trained: Mapping[str, nn.Parameter], settings: OptimSettings) -> torch
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.999))
 
 
-def schedule(optimizer: torch.optim.Optimizer, settings: OptimSettings, total: int) -> Any:
+def schedule(optimizer: torch.optim.Optimizer, settings: OptimSettings, total: int) -> LambdaLR:
     """The learning rate over `total` steps."""
-    from transformers import get_scheduler
-
+    # Not transformers' get_scheduler, which says the same: importing it imports PEFT and all that PEFT can use, 75 MiB.
     warm = round(settings.warmup * total) if settings.warmup < 1 else round(settings.warmup)
-    kind = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    return get_scheduler(kind, optimizer, num_warmup_steps=warm, num_training_steps=total)
+    return LambdaLR(optimizer, partial(_share, kind=settings.schedule, warm=warm, total=total))
+
+
+def _share(step: int, kind: str, warm: int, total: int) -> float:
+    """Share of the full learning rate: up in a line during warm-up, then constant, down in a line, or half a cosine."""
+    if step < warm:
+        return step / warm
+    if kind == "linear":
+        return max(0.0, (total - step) / max(1, total - warm))
+    gone = (step - warm) / max(1, total - warm)
+    return 1.0 if kind == "constant" else max(0.0, 0.5 * (1.0 + math.cos(math.pi * gone)))
 
 
 def _plainly(work: Callable[[], T]) -> T:
@@ -139,11 +149,10 @@ class Loop:
         if half and host.device.type != "cuda":
             raise InlayError("fp16 trains on a GPU only (its gradients need scaling); use dtype fp32 or bf16 here")
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=half)
-        way: Way
-        self.notice: str
-        way, self.notice = (root or _plainly)(lambda: choose(host, name, settings, pad, train))
-        """What is to be said of how batches are computed."""
-        self.way: Way = way
+        chosen: tuple[Way, str] = (root or _plainly)(lambda: choose(host, name, settings, pad, train))
+        way, self.notice = chosen
+        """How batches are computed, and what is to be said of it."""
+        self.way = way
         if root is not None:
             self.way = Sharded(way, root, team, min(train, key=lambda e: len(e.input_ids)))
         elif team.size > 1:

@@ -21,6 +21,7 @@ from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
 from inlay.engine.example import IGNORED, Example, unlearned
 from inlay.engine.fused import fused_linears
+from inlay.engine.gated import gated_mlps
 from inlay.engine.head import Read
 from inlay.engine.last import only_read
 from inlay.engine.linear import fast_linears
@@ -143,6 +144,7 @@ class Packed:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(apart(self.host))
                 stack.enter_context(fused_linears(self.host))
+                stack.enter_context(gated_mlps(self.host))
                 stack.enter_context(fast_linears(self.host.model))
                 if self.narrow and (self.cache is None or self.cache.below < self.host.anatomy.layers):
                     stack.enter_context(only_read(self.host))
