@@ -57,6 +57,16 @@ def test_measure_leaves_a_table_and_a_summary(small, facts, tmp_path, inlay_, mo
     assert code == 0 and Table.load(tmp_path / "table").about["settings"]["space"]["name"] == "hidden:1", err
 
 
+def test_slick_writes_a_category_for_each_item(small, facts, tmp_path, inlay_):
+    argv = ("--model", small, "--items", facts[0], "--out", tmp_path / "c.json", "--prompts", 2, "--shots", 1)
+    code, out, err = inlay_("know", "slick", *argv, "--samples", 2, "--no-progress")
+    found = json.loads((tmp_path / "c.json").read_text()) if code == 0 else err
+    assert list(found) == [i.id for i in read_items(facts[0])] and "Unknown" in out
+    assert set(found.values()) <= {"HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"}
+    code, _, err = inlay_("know", "slick", *argv, "--shots", 7)
+    assert code == 2 and "fewer shots" in err
+
+
 def test_watch_trains_and_shows_every_snapshot(small, facts, tmp_path, inlay_):
     argv = ("--model", small, "--items", facts[0], "--retention", facts[1], "--out", tmp_path / "run", "--rank", 2)
     more = ("--steps", 4, "--warmup", 1, "--no-progress", "--loggers", "none", "--at-steps", 2, 4, "--probe-every", 2)

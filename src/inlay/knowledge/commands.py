@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table as Shown
 
     from inlay.knowledge.measure import MeasureSettings
+    from inlay.knowledge.slick import Known
     from inlay.knowledge.table import Table
     from inlay.train.fitting import RunResult
 
@@ -108,6 +110,60 @@ def shown(table: Table) -> Shown:
         cells = (str(len(part)), f"{100 * part['em0'].mean():.1f}", f"{np.median(part['tsd']):.3f}", far)
         made.add_row(label, *cells, str(int(part["empty"].sum())), str(int(part["tie"].sum())))
     return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlickFlags:
+    """Tell how well a base knows items."""
+
+    model: str
+    """An embedded base, a folder or a Hub id."""
+    items: Path
+    """A JSON-lines file of items."""
+    split: Literal["train", "val", "test"] | None = None
+    """Only the items of this split; examples in prompts may be of any."""
+    out: Path
+    """A JSON file: an object of item id -> category."""
+    prompts: int = 10
+    """Random prompts per item."""
+    shots: int = 4
+    """Examples of the same relation in each prompt."""
+    samples: int = 16
+    """Sampled answers per prompt, besides the greedy one."""
+    temperature: float = 0.5
+    """Of the samples."""
+    seed: int = 0
+    """Of examples and samples."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the base; as stored by default."""
+    device: str | None = None
+    """Where to run; the GPU if there is one."""
+    progress: bool = True
+    """Show a progress bar."""
+    how: HowSettings = field(default_factory=HowSettings)
+    """How answers are asked for."""
+
+
+def run_slick(s: SlickFlags) -> list[Known]:
+    """Ask, and write the categories."""
+    import inlay
+    from inlay.core.files import write_text
+    from inlay.knowledge.items import read_items
+    from inlay.knowledge.slick import SlickSettings, slick
+
+    how = SlickSettings(
+        prompts=s.prompts,
+        shots=s.shots,
+        samples=s.samples,
+        temperature=s.temperature,
+        seed=s.seed,
+        measure=s.how.made(),
+    )
+    items, pool = read_items(s.items, s.split), read_items(s.items)
+    model, tokenizer = inlay.load_base(s.model, s.dtype, s.device)
+    known = slick(inlay.attach(model), tokenizer, items, how, pool=pool, progress=s.progress)
+    write_text(s.out, json.dumps({k.id: k.category for k in known}, indent=1, ensure_ascii=False) + "\n")
+    return known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ class TrackSettings:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     """How answers are made and compared."""
     snapshots: int = 3
-    """Snapshots after the one before the first step, evenly spaced; the last one at the end."""
+    """Snapshots after the one before the first step, evenly spaced, the last one at the end; 0: none at all."""
     at: tuple[int, ...] = ()
     """Steps after which snapshots are taken, in place of evenly spaced ones."""
     probes: int = 16
@@ -71,7 +71,7 @@ class TrackSettings:
 
     def steps(self, total: int) -> list[int]:
         """When snapshots are taken in a run of so many steps."""
-        if self.at:
+        if self.at or not self.snapshots:
             return sorted({min(s, total) for s in self.at})
         return sorted({max(1, round(total * n / self.snapshots)) for n in range(1, self.snapshots + 1)})
 
@@ -115,7 +115,7 @@ class Tracker:
             self._targets(loop)
             if loop.team.first:
                 self._claim(loop.step)
-            if loop.step == 0:
+            if loop.step == 0 and self.when:
                 self._take(loop, bare=True)
 
     def before_step(self, loop: Loop) -> None:
