@@ -209,14 +209,22 @@ def test_gamma_alone_pulls(tmp_path):
     assert got[0]["loss"] - want[0]["loss"] == pytest.approx(d[first].mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    ("signal", "changes"),
+    ("parallel", "signal", "changes"),
     [
-        ("static", {}),
-        ("dynamic", {"gamma": 0.5}),
-        ("deviation", {"exact": True}),
-        ("confidence", {"control": "lr-matched"}),
+        ("ddp", "static", {}),
+        ("ddp", "deviation", {"exact": True}),
+        ("fsdp", "dynamic", {"gamma": 0.5}),
+        ("fsdp", "confidence", {"control": "lr-matched"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("fsdp", "static", {}),
+                ("fsdp", "deviation", {"exact": True}),
+                ("ddp", "dynamic", {"gamma": 0.5}),
+                ("ddp", "confidence", {"control": "lr-matched"}),
+            )
+        ),
     ],
 )
 def test_two_ranks_weigh_as_one(tmp_path, parallel, signal, changes):
