@@ -92,6 +92,7 @@ def study(n: int = 120, seed: int = 0, seeds: int = 3) -> dict:
             "retention": r,
             "steps": 8,
             "presentations": 8,
+            "drop_p": d,
         }
         for k, d, r in ((1, 0.0, 0.95), (4, 0.01, 0.9), (24, 0.05, 0.6), (96, 0.2, 0.3), (360, 0.4, 0.1))
     ]

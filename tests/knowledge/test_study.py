@@ -110,6 +110,17 @@ def test_findings_of_made_up_runs():
     assert lora["away"]["0"] == 0 and lora["away"]["25"] > 0
 
 
+def test_findings_as_tables_say_what_the_numbers_say():
+    rows = [controlled(c, s, p) for c, p in (("uniform", 0.3), ("beta -2", 0.6)) for s in range(3)]
+    data = {**study(40, seeds=2), "controls": findings.control_rows(rows)}
+    found = report.plain(findings.findings(data))
+    text = findings.markdown(found)
+    assert text.count("| ---") >= 4 and "**beta -2**" in text
+    for p in found["plain"]:
+        assert f"| {100 * p['paraphrase_em']:.1f} | {100 * p['retention']:.1f} |" in text
+    assert f"| 360 | {100 * 0.6:.1f} | +40.0 |" in text
+
+
 def test_a_study_cut_short_is_reported_as_far_as_it_went(tmp_path):
     s = settings(tmp_path)
     with pytest.raises(InlayError, match="no runs yet"):

@@ -107,7 +107,7 @@ CONDITIONS: dict[str, Condition] = {
         Condition("lowest loss", "filter", subset="loss"),
     )
 }
-"""Remedies and controls by name. SLiCK's Unknown is none: no target of the toy world is known to its base."""
+"""Remedies and controls by name. SLiCK's Unknown is none: every edit of the toy world is Unknown to its base."""
 PLAIN = Condition("plain", "plain")
 AGAINST = {"weights": "uniform", "filter": "random subset"}
 

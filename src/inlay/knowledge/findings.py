@@ -131,3 +131,91 @@ def _group(data: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[s
 
 def _floats(values: Any) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], float)
+
+
+# ---- as text ---------------------------------------------------------------------------------------------------------
+def markdown(found: Mapping[str, Any]) -> str:
+    """The findings as Markdown tables: plain runs, deviation and shape, controls, interference."""
+    plain = found["plain"]
+    parts = [
+        _table(
+            "family, method, regime, seeds, accuracy, paraphrases, retention, near quartile, far quartile".split(", "),
+            [
+                [p["family"], p["method"], p["regime"], str(p["seeds"])]
+                + [_percent(p[k]) for k in ("em", "paraphrase_em", "retention", "near_quartile_em", "far_quartile_em")]
+                for p in plain
+            ],
+            3,
+        ),
+        _table(
+            [
+                "family", "method", "regime", "away at most", "away at the end", "null", "excess", "z left", "z right",
+                "inverted U", "z of slope, per seed", "labels shuffled",
+            ],
+            [_shape(p) for p in plain],
+            3,
+        ),
+        _table(
+            [
+                "condition", "against", "seeds", "difference", "95 % interval", "seed error", "paraphrases, kept",
+                "paraphrases, all", "retention", "presentations",
+            ],
+            [_control(r) for r in found["controls"]],
+            2,
+        ),
+        _table(
+            ["run", "together", "accuracy", "lost", "95 % interval", "probability lost", "retention", "steps"],
+            [_point(p["name"], point) for p in found["interference"] for point in p["curve"]],
+            1,
+        ),
+    ]  # fmt: skip
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
+    if not rows:
+        return ""
+    rule = ["---" if i < text else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def _percent(x: float | None, sign: bool = False) -> str:
+    if x is None or not np.isfinite(x):
+        return "–"
+    return f"{100 * x:+.1f}" if sign else f"{100 * x:.1f}"
+
+
+def _z(values: Sequence[float | None]) -> str:
+    return ", ".join("–" if v is None or not np.isfinite(v) else f"{v:.1f}" for v in values)
+
+
+def _shape(p: Mapping[str, Any]) -> list[str]:
+    away, lines = p["away"], p["two_lines"]
+    last = away[max(away, key=int)]
+    return [
+        p["family"], p["method"], p["regime"], _percent(max(away.values())), _percent(last),
+        _percent(p["deviation_null"]), _percent(p["deviation_excess"], True), _z([lines["z_left"]]),
+        _z([lines["z_right"]]), "yes" if p["inverted_u"] else "no", _z(p["logistic_z"]), _z(p["logistic_z_shuffled"]),
+    ]  # fmt: skip
+
+
+def _control(r: Mapping[str, Any]) -> list[str]:
+    name = f"**{r['name']}**" if r["remedy"] else r["name"]
+    span = f"{_percent(r['low'], True)} to {_percent(r['high'], True)}"
+    kept = _percent(r["paraphrase_em_kept"]) if r["kind"] == "filter" else "–"
+    return [
+        name, r["against"], str(r["seeds"]), _percent(r["difference"], True), span, _percent(r["seed_error"]), kept,
+        _percent(r["paraphrase_em"]), _percent(r["retention"]), f"{r['presentations']:.1f}",
+    ]  # fmt: skip
+
+
+def _point(name: str, p: Mapping[str, Any]) -> list[str]:
+    span = f"{_percent(p['low'], True)} to {_percent(p['high'], True)}"
+    numbers = [
+        _percent(p["em"]),
+        _percent(p["drop"], True),
+        span,
+        _percent(p["drop_p"], True),
+        _percent(p["retention"]),
+    ]
+    return [name, str(p["k"]), *numbers, str(p["steps"])]

@@ -53,7 +53,9 @@ def study(s: StudySettings) -> Path:
             )
             shown.advance(mark)
     data = assemble(s)
-    write_text(s.out / "findings.json", json.dumps(plain(findings.findings(data)), indent=1) + "\n")
+    found = plain(findings.findings(data))
+    write_text(s.out / "findings.json", json.dumps(found, indent=1) + "\n")
+    write_text(s.out / "findings.md", findings.markdown(found))
     return build(data, s.out, s.progress)
 
 
