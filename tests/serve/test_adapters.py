@@ -10,6 +10,7 @@ import pytest
 import inlay
 from inlay.core.errors import InlayError
 from inlay.evaluate import GenerateSettings, generate
+from inlay.library.compose import compose
 from inlay.serve.adapters import Adapters
 from inlay.serve.errors import Refused
 from tests.evaluate import tiny
@@ -224,3 +225,29 @@ def test_start(host, root, tmp_path):
     run = tmp_path / "runs" / "math"
     shutil.copytree(root / "adapters" / "lora", run / "adapter")
     assert Adapters(host, [tmp_path / "runs"]).names() == ["math"]
+
+
+def test_a_mix_is_the_sum_and_leaves_when_nobody_holds_it(host, root, folder):
+    adapters = Adapters(host, [folder])
+    lease = adapters.mix({"lora": 0.7, "series": -0.3})
+    own = tiny_server.host(root)
+    compose(own, "own", "sum(0.7*lora, -0.3*series)")
+    alone = generate(own, tiny.tokenizer(), ["Tom has"], "own", SHORT)[0].text
+    assert says(host, lease) == alone != want(root, "lora")
+    assert len(host.edits) == 3 and adapters.names() == sorted(tiny_server.SMALL)
+    again = lease.again()
+    lease.release()
+    adapters.sweep()
+    assert says(host, again) == alone
+    again.release()
+    adapters.sweep()
+    assert sorted(n.partition("--")[0] for n in host.edits) == ["lora", "series"]
+
+
+def test_what_has_no_sum_is_refused_and_leaves_nothing(host, folder):
+    adapters = Adapters(host, [folder])
+    with pytest.raises(Refused, match="virtual tokens"):
+        adapters.mix({"lora": 0.5, "prefix": 0.5})
+    assert status(lambda: adapters.mix({"nobody": 1.0})) == 404
+    assert sorted(n.partition("--")[0] for n in host.edits) == ["lora", "prefix"]
+    assert all(v.users == 0 for v in adapters._loaded.values())

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from inlay.core.route import Worn
 from inlay.evaluate.batches import quiet, room
 from inlay.interop import formats
 from inlay.interop.peft_folder import CONFIG
+from inlay.library.compose import compose
 from inlay.serve.errors import Refused
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
@@ -180,6 +181,26 @@ class Adapters:
         finally:
             self._released(held)
 
+    def mix(self, weights: Mapping[str, float]) -> Lease:
+        """A weighted sum of adapters as an adapter, which leaves the model when nobody holds it.
+
+        Raises:
+            Refused: as `bring` for the parts; 422 for what has no sum, with the reason.
+        """
+        parts = {name: self.bring(name) for name in weights}
+        try:
+            text = f"sum({', '.join(f'{weights[name]:g}*{part.versions[0].hung}' for name, part in parts.items())})"
+            self._made += 1
+            version = Version("mix", f"mix--{self._made}", text, retired=True)
+            self._make(version, lambda: compose(self.host, version.hung, text))
+        finally:
+            for part in parts.values():
+                part.release()
+        with self._lock:
+            self._retired.append(version)
+            self._held([version])
+        return Lease((version.hung,), 0, (version,), self)
+
     def load(self, name: str, source: str | None = None, replacing: bool = False) -> Version:
         """Make an adapter available under a name, from a folder below one of the sources or the Hub.
 
@@ -236,15 +257,7 @@ class Adapters:
     def _hang(self, name: str, source: str) -> Version:
         self._made += 1
         version = Version(name, f"{name}--{self._made}", source)
-        try:
-            self._shelve(version.hung, self._folder(source))
-            self._arrange()
-            self._try(version.hung)
-        except Exception as e:  # a damaged file may fail anywhere
-            if version.hung in self.host.edits:
-                self.host.remove(version.hung)
-            said = str(e) if isinstance(e, InlayError) else f"{type(e).__name__}: {e}"
-            raise e if isinstance(e, Refused) else Refused(said, 422, "adapter_broken", "source") from e
+        self._make(version, lambda: self._shelve(version.hung, self._folder(source)))
         with self._lock:
             self._broken.pop(name, None)
             self._retire(self._loaded.pop(name, None))
@@ -252,6 +265,18 @@ class Adapters:
             self._make_room()
         self.sweep()
         return version
+
+    def _make(self, version: Version, make: Callable[[], object]) -> None:
+        """Let a version be made on the host and try it; if that fails, nothing has changed."""
+        try:
+            make()
+            self._arrange()
+            self._try(version.hung)
+        except Exception as e:  # a damaged file may fail anywhere
+            if version.hung in self.host.edits:
+                self.host.remove(version.hung)
+            said = str(e) if isinstance(e, InlayError) else f"{type(e).__name__}: {e}"
+            raise e if isinstance(e, Refused) else Refused(said, 422, "adapter_broken", "source") from e
 
     def _shelve(self, hung: str, folder: Path) -> None:
         """Read an adapter as any folder is read, and keep it folded: it is never trained here."""
