@@ -24,7 +24,7 @@ from inlay.core.place import Anatomy, Place, Spot, locate
 from inlay.core.ready import Folds, Ready
 from inlay.core.route import STRATEGIES, Route, Worn, read_plan, spread
 from inlay.core.shelf import Shelf, same_shapes
-from inlay.core.site import Site, Wear
+from inlay.core.site import Site, Wear, WornHere
 
 STACK_BYTES = 1 << 30
 """Memory that stacks of adapters may take; a plan that needs more is sent in segments."""
@@ -393,7 +393,8 @@ class Host:
         return self
 
     # ---- one forward -------------------------------------------------------------------------------------------------
-    def precision(self, y: Tensor, edits: Iterable[Edit]) -> torch.dtype:
+    def precision(self, y: Tensor, worn: Iterable[WornHere]) -> torch.dtype:
         """The type in which these edits of y are computed; their result is rounded once, to y's type."""
-        coarse = self.fast and all(e.coarse is not None for e in edits)
-        return y.dtype if coarse or not y.is_floating_point() else torch.promote_types(torch.float32, y.dtype)
+        if y.dtype.itemsize > 2 or (self.fast and all(edit.coarse is not None for _, edit, _, _ in worn)):
+            return y.dtype
+        return torch.float32 if y.is_floating_point() else y.dtype

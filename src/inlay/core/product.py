@@ -51,6 +51,8 @@ def add_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tensor:
 def _uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def plain(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return fn(ctx, x, *rest)
         with torch.autocast(x.device.type, enabled=False):
             return fn(ctx, x, *rest)
 
@@ -100,4 +102,11 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = No
         out = s * linear(linear(x, A), B)  # compiled or mapped: both see through plain operations only
         return out if onto is None else onto + out
     flat = None if onto is None else onto.flatten(0, -2)
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+        h = product(x.flatten(0, -2), A)
+        if flat is None:
+            return product(h, s * B).unflatten(0, x.shape[:-1])
+        if slow_default() and _served(flat, h, B):
+            return torch.add(flat, product(h, B), alpha=s).view(onto.shape)  # type: ignore[union-attr]
+        return torch.addmm(flat, h, B.t(), alpha=s).view(onto.shape)  # type: ignore[union-attr]
     return _LowRank.apply(x.flatten(0, -2), A, B, s, flat).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]

@@ -194,19 +194,18 @@ def stacked(
 Job = tuple[Step, Edit, Weights, Call]
 
 
-def apply(strategy: str, phase: str, jobs: Sequence[Job], x: Tensor, y: Tensor | None) -> Tensor:
-    """Run one phase of several adapters at one place; x (B, T, D_in) or ids, y (B, T, D_out) or None in `before`."""
+def apply(strategy: str, jobs: Sequence[Job], x: Tensor, y: Tensor | None) -> Tensor:
+    """Run several adapters at one place: `before`, or `after` if there is y (B, T, D_out); x (B, T, D_in) or ids."""
     out = x if y is None else y
-    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     mine = False
     for step, edit, w, call in jobs:
-        fn: Callable[..., Tensor] = getattr(edit, phase)
+        fn: Callable[..., Tensor] = edit.before if y is None else edit.after
         args = (out,) if y is None else (x, out)
         if step.rows is None:
             out, mine = fn(w, *args, call), False
         elif strategy == "select" and isinstance(step, Segment):
             out, mine = torch.where(step.mine.view(-1, *[1] * (out.dim() - 1)), fn(w, *args, call), out), True
-        elif in_place:
+        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             where = step.span or step.rows
             new = fn(w, *(a[where] for a in args), call.take(where))
             out, mine = out if mine else out.clone(), True

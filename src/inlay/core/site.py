@@ -70,7 +70,7 @@ class Site(nn.Module):
         self._given: Tensor | None = None
         self.spoken = False
         """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
-        self._found: tuple[tuple[route.Step, ...] | None, tuple[list[_Worn], list[_Worn]]] = None, ([], [])
+        self._found: tuple[tuple[route.Step, ...] | None, tuple[list[WornHere], list[WornHere]]] = None, ([], [])
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
             self.frozen,
@@ -131,7 +131,7 @@ class Site(nn.Module):
         own = self.wear[name].tensors()
         return {**common.tensors(), **own} if common is not None else own
 
-    def _worn(self, steps: tuple[route.Step, ...]) -> tuple[list[_Worn], list[_Worn]]:
+    def _worn(self, steps: tuple[route.Step, ...]) -> tuple[list[WornHere], list[WornHere]]:
         """What the steps of a route have to do here, in `before` and in `after`."""
         if torch.compiler.is_compiling():  # a graph must not depend on which route it was made under
             return self._find(steps)
@@ -139,8 +139,8 @@ class Site(nn.Module):
             self._found = steps, self._find(steps)
         return self._found[1]
 
-    def _find(self, steps: tuple[route.Step, ...]) -> tuple[list[_Worn], list[_Worn]]:
-        found: tuple[list[_Worn], list[_Worn]] = [], []
+    def _find(self, steps: tuple[route.Step, ...]) -> tuple[list[WornHere], list[WornHere]]:
+        found: tuple[list[WornHere], list[WornHere]] = [], []
         for step in steps:
             one = _worn_here(self._host[0], self, step)
             if one is not None:
@@ -149,27 +149,26 @@ class Site(nn.Module):
                         found[phase].append(one)
         return found
 
-    def run(self, phase: int, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Send each row through its own adapters; rows whose adapters do not hang here pass unchanged."""
+    def run(self, worn: list[WornHere], x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Send each row through its own adapters, `before` the layer or (given y) `after` it; rows whose adapters do
+        not hang here pass unchanged."""
         host, out = self._host[0], x if y is None else y
-        worn = self._worn(host.now.steps)[phase]
-        if not worn:
-            return out
-        dtype = host.precision(out, (edit for _, edit, _, _ in worn))
-        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // host.now.batch
+        now, dtype = host.now, host.precision(out, worn)
+        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // now.batch
         jobs: list[route.Job] = []
+        by_rows = False
         for step, edit, place, w in worn:
-            call = host.now.call(step, place)
+            call = now.call(step, place)
             if not edit.idle(call, tokens):
                 w = self.tensors(step.name) if w is None else w  # type: ignore[union-attr]
                 jobs.append((step, edit, edit.rounded(w, dtype), call))
+                by_rows = by_rows or step.rows is not None or isinstance(step, Stack) or edit.positional
         if not jobs:
             return out
-        by_rows = any(step.rows is not None or isinstance(step, Stack) or e.positional for step, e, _, _ in jobs)
-        x_, out_ = (self._rows(t) if by_rows else t for t in (x, out))
+        x_, out_ = (self._rows(x), out if y is None else self._rows(out)) if by_rows else (x, out)
         x_ = x_.to(dtype) if x_.is_floating_point() else x_
-        new = route.apply(host.strategy, ("before", "after")[phase], jobs, x_, None if y is None else out_.to(dtype))
-        return new.reshape(out.shape).to(out.dtype)
+        new = route.apply(host.strategy, jobs, x_, None if y is None else out_.to(dtype))
+        return new.reshape(out.shape).to(out.dtype) if by_rows else new.to(out.dtype)
 
     @property
     def edits_input(self) -> bool:
@@ -180,7 +179,7 @@ class Site(nn.Module):
         """What `after` will do to a batch of which the layer is given x, if that is one low-rank edit of all rows."""
         host = self._host[0]
         before, after = self._worn(host.now.steps)
-        if before or len(after) != 1 or host.precision(x, [after[0][1]]) != x.dtype:
+        if before or len(after) != 1 or host.precision(x, after) != x.dtype:
             return None
         step, edit, place, w = after[0]
         call = host.now.call(step, place)
@@ -207,17 +206,17 @@ class Site(nn.Module):
         )
 
     def _pre(self, layer: nn.Module, args: tuple, kwargs: dict):
-        if not self._worn(self._host[0].now.steps)[0]:
+        if not (worn := self._worn(self._host[0].now.steps)[0]):
             return None
         x, where = _input(args, kwargs)
-        new = self.run(0, x)
+        new = self.run(worn, x)
         if new is x:
             return None
         self._given = x
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
-        if self.spoken or not self._worn(self._host[0].now.steps)[1]:
+        if self.spoken or not (worn := self._worn(self._host[0].now.steps)[1]):
             self._given, self.spoken = None, False
             return None
         x, self._given = self._given, None
@@ -225,18 +224,18 @@ class Site(nn.Module):
         whole = out[0] if isinstance(out, tuple) else out
         part = self.spot.part
         y = part.get(whole) if part else whole
-        new = self.run(1, x, y)
+        new = self.run(worn, x, y)
         if new is y:
             return None
         new = part.put(whole, new) if part else new
         return (new, *out[1:]) if isinstance(out, tuple) else new
 
 
-_Worn = tuple[route.Step, Edit, Place, Weights | None]
+WornHere = tuple[route.Step, Edit, Place, Weights | None]
 """A step with something to do at a place; tensors None: the adapter hangs there and may be trained."""
 
 
-def _worn_here(host: Host, site: Site, step: route.Step) -> _Worn | None:
+def _worn_here(host: Host, site: Site, step: route.Step) -> WornHere | None:
     key = site.spot.key
     if isinstance(step, Stack):
         return (step, step.cut.edits[key], site.wired(step.cut.wirings[key]), step.at[key]) if key in step.at else None
