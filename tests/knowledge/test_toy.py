@@ -64,7 +64,7 @@ def test_weights_have_an_effect_that_shuffled_ones_lack_and_confidence_stands_be
 def test_distance_says_nothing_of_random_pairs_once_its_labels_are_shuffled(lab):
     calm = 0
     for seed in range(5):
-        made = run(lab, "plain", seed, "random pairs")
+        made = run(lab, "plain", seed, "random pairs", steps=200)
         table, em = made["table"], np.asarray(made["run"]["snapshots"][-1]["em"], float)
         assert 0 < em.mean() < 1
         mixed = np.random.default_rng([seed, 33]).permutation(np.asarray(table["tsd"], float))

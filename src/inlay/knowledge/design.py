@@ -32,7 +32,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "prefix": (3e-2, 1e-1),
     "ia3": (3e-2, 1e-1),
     "road2": (1e-2, 3e-2),
-    "series": (3e-3, 1e-2),
+    "series": (3e-2, 1e-1),
     "parallel": (3e-3, 1e-2),
 }
 """Learning rates that are tried on validation items; those of `lora` for the rest."""
