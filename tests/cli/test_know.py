@@ -76,10 +76,23 @@ def test_watch_trains_and_shows_every_snapshot(small, facts, tmp_path, inlay_):
     assert [s["step"] for s in found.snapshots] == [0, 2, 4] and [p["step"] for p in found.probes] == [1, 3]
     assert len(found.snapshots[0]["retention_em"]) == len(read_items(facts[1]))
     about = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert about["items"]["n"] == 8 and (tmp_path / "run" / "adapter" / "adapter.json").is_file()
+    assert about["know"]["items"] == 8 and (tmp_path / "run" / "adapter" / "adapter.json").is_file()
     code, _, err = inlay_("know", "watch", *argv, *more)
     assert code == 2 and "holds a run" in err
     assert inlay_("know", "watch", *argv, *more, "--resume")[0] == 0
+
+
+def test_a_filtered_and_weighted_run_is_watched_on_all_items(small, facts, tmp_path, inlay_):
+    table = tmp_path / "table"
+    given = ("--model", small, "--items", facts[0])
+    assert inlay_("know", "measure", *given, "--out", table, "--no-cache", "--no-progress")[0] == 0
+    steer = ("--table", table, "--filter", "features", "--keep", 0.5, "--signal", "static", "--beta", -1)
+    more = ("--steps", 3, "--warmup", 1, "--no-progress", "--loggers", "none", "--snapshots", 1, "--rank", 2)
+    code, _, err = inlay_("know", "watch", *given, *steer, *more, "--out", tmp_path / "run")
+    assert code == 0, err
+    found = read_watched(tmp_path / "run")
+    assert len(found.snapshots[-1]["em"]) == 8 and found.table["tsd"].tolist() == Table.load(table)["tsd"].tolist()
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["examples"] == 4
 
 
 def test_public_files_become_items(tmp_path, inlay_):

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.core.errors import InlayError
-from inlay.train.settings import TrainSettings
+from inlay.knowledge.settings import KnowSettings, KnowTrainSettings
 
 if TYPE_CHECKING:
     from rich.table import Table as Shown
@@ -185,11 +185,11 @@ class WatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchFlags(TrainSettings):
-    """Train on items and watch them. What data.* says is not looked at: items are the data."""
+class WatchFlags(KnowTrainSettings):
+    """Train on items, with or without filter and weights, and watch all items of split `train`."""
 
-    items: Path
-    """A JSON-lines file of items; those of split `train` are trained on and watched."""
+    know: KnowSettings = field(default_factory=KnowSettings)
+    """The items, and training that looks at their semantic distance."""
     retention: Path | None = None
     """Items that are not trained on: what is forgotten of them is shown beside every accuracy."""
     resume: bool = False
@@ -199,47 +199,43 @@ class WatchFlags(TrainSettings):
     watch: WatchSettings = field(default_factory=WatchSettings)
     """What is watched, and how often."""
     how: HowSettings = field(default_factory=HowSettings)
-    """How answers are asked for and compared."""
+    """How answers are asked for and compared; the wording is the table's where there is one."""
 
 
 def run_watch(s: WatchFlags) -> RunResult:
-    """Hang the adapter, train it on the items, watch."""
-    import inlay
-    from inlay.knowledge.items import items_digest, read_items
+    """Train as `inlay train` does, with a tracker of all items."""
+    from inlay.knowledge.items import read_items
     from inlay.knowledge.track import Tracker, TrackSettings
-    from inlay.knowledge.wording import examples
-    from inlay.methods import method
-    from inlay.models.base import load_base
-    from inlay.train.fitting import fit
-    from inlay.train.loop import seed_everything
-    from inlay.train.ranks import place
+    from inlay.knowledge.training import plan, wording_of
+    from inlay.train.run import Lesson, Teach, train
 
-    row = method(s.method)
-    edit, how = row.make(**s.settings), s.how.made()
-    items = read_items(s.items, "train")
-    kept = read_items(s.retention) if s.retention else []
+    if s.know.items is None:
+        raise InlayError("nothing to watch: give --items FILE (`inlay know items` makes one)")
+    if s.know.beta == "auto":
+        raise InlayError("beta auto trains several times: let `inlay train` choose beta, then watch with that one")
+    items, kept = read_items(s.know.items, "train"), read_items(s.retention) if s.retention else []
     if both := {i.id for i in items} & {i.id for i in kept}:
         raise InlayError(f"{len(both)} items are trained on and to be retained, such as {min(both)!r}; leave them out")
-    w = s.watch
+    w, how = s.watch, s.how.made()
+    if s.know.table is not None:
+        how = dataclasses.replace(how, wording=wording_of(s.know.table))
     track = TrackSettings(
         measure=how, snapshots=w.snapshots, at=w.at_steps, probes=w.probes, probe_every=w.probe_every,
         tau=w.tau, rule=w.rule, seed=s.run.seed,
     )  # fmt: skip
-    model, tokenizer = load_base(s.model, s.run.dtype, str(place(s.run.device)))
-    seed_everything(s.run.seed)
-    host = inlay.attach(model).add(
-        s.name, edit.tokenised(tokenizer), at=s.at if s.at is not None else row.places, seed=s.run.seed
-    )
-    facts = {"items": {"path": str(s.items.resolve()), "sha256": items_digest(items), "n": len(items)}}
-    return fit(
-        host, s.name, examples(items, tokenizer, how.wording), [], _plain(s), s.out, tokenizer, resume=s.resume,
-        overwrite=s.overwrite, facts=facts, observers=[Tracker(tokenizer, items, kept, track)],
-    )  # fmt: skip
 
+    def watched(settings: Any, progress: bool) -> Teach:
+        teach = plan(settings, progress, wording=how.wording)
 
-def _plain(s: WatchFlags) -> TrainSettings:
-    """What `fit` records."""
-    return TrainSettings(**{f.name: getattr(s, f.name) for f in dataclasses.fields(TrainSettings)})
+        def both(host: Any, tokenizer: Any) -> Lesson:
+            lesson = teach(host, tokenizer)
+            observers = (*lesson.observers, Tracker(tokenizer, items, kept, track))
+            return dataclasses.replace(lesson, observers=observers)
+
+        return both
+
+    settings = KnowTrainSettings(**{f.name: getattr(s, f.name) for f in dataclasses.fields(KnowTrainSettings)})
+    return train(settings, resume=s.resume, overwrite=s.overwrite, plan=watched)
 
 
 def snapshots_shown(run_dir: Path) -> Shown:

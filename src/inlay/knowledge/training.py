@@ -41,10 +41,13 @@ def train(settings: KnowTrainSettings, *, resume: bool | str | Path = False, ove
         return train_plainly(settings, resume=resume, overwrite=overwrite, plan=lambda s, show: plan(s, show, beta))
 
 
-def plan(settings: KnowTrainSettings, progress: bool, beta: float | None = None) -> Teach:
-    """The lesson of such settings; `beta` is the one chosen, where they say auto."""
+def plan(
+    settings: KnowTrainSettings, progress: bool, beta: float | None = None, wording: Wording | None = None
+) -> Teach:
+    """The lesson of such settings; `beta` is the one chosen, where they say auto, and `wording` that of items, where no
+    table says it."""
     know, run = settings.know, settings.run
-    found = None if know.items is None else _Items(settings, progress)
+    found = None if know.items is None else _Items(settings, progress, wording)
     plainly = records(settings, progress) if found is None else None
     start = float(know.beta) if beta is None and know.beta != "auto" else float(beta or 0.0)
 
@@ -75,7 +78,7 @@ def _told(know: KnowSettings, beta: float) -> dict[str, Any]:
 class _Items:
     """Items that are taught, some of them asked by a paraphrase for validation."""
 
-    def __init__(self, settings: KnowTrainSettings, progress: bool):
+    def __init__(self, settings: KnowTrainSettings, progress: bool, wording: Wording | None = None):
         from inlay.knowledge.items import read_items
 
         self.settings, self.know, self.progress = settings, settings.know, progress
@@ -83,7 +86,7 @@ class _Items:
         self.all = read_items(self.know.items, "train")
         self.items = self.all
         self.table = None if self.know.table is None else rows_of(self.know.table, self.all)
-        self.wording = wording_of(self.know.table)
+        self.wording = wording_of(self.know.table) if self.know.table is not None or wording is None else wording
 
     def lesson(self, host: Host, tokenizer: Any) -> Lesson:
         from inlay.knowledge.controls import base_losses, choose, facts
