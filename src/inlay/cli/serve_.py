@@ -32,6 +32,6 @@ VERB = Verb(
     run,
     (
         "inlay serve tiny-llama --adapters runs",
-        "INLAY_ADMIN_KEY=secret inlay serve llama-dir --adapters adapters --port 8080 --rows 64",
+        "inlay serve llama-dir --adapters adapters more-adapters --port 8080 --rows 64 --admin-key secret",
     ),
 )
