@@ -126,11 +126,6 @@ class TwoLines:
         """Left slope above 0 and right slope below 0, both |z| > 1.96."""
         return bool(self.z_left > Z95 and self.z_right < -Z95)
 
-    @property
-    def u(self) -> bool:
-        """The other way round."""
-        return bool(self.z_left < -Z95 and self.z_right > Z95)
-
 
 Z95 = 1.959963984540054
 NOT_TESTED = TwoLines(*[float("nan")] * 5)

@@ -13,7 +13,7 @@ from inlay.knowledge.feature import features
 from inlay.knowledge.items import Item
 from inlay.knowledge.measure import MeasureSettings, answer_limit, answers, target_features
 from inlay.knowledge.states import Recompute, states
-from inlay.knowledge.wording import alike, exact
+from inlay.knowledge.wording import exact
 
 
 class Exam:
@@ -93,13 +93,3 @@ class Exam:
 def known(exam: Exam) -> list[Item]:
     """The items whose question the bare base answers rightly."""
     return [i for i, ok in zip(exam.items, exam.right(exam.answers(None)), strict=True) if ok]
-
-
-def entropy(said: Sequence[str]) -> float:
-    """Entropy of the answers given, in bits: low where a model says the same to everything."""
-    shown: dict[str, int] = {}
-    for a in said:
-        key = next((k for k in shown if alike(k, a)), a)
-        shown[key] = shown.get(key, 0) + 1
-    p = np.array(list(shown.values()), float) / max(1, len(said))
-    return float(-(p * np.log2(p)).sum()) if len(said) else 0.0
