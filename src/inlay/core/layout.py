@@ -11,7 +11,8 @@ a packed forward is never widened. To the edits, a packed batch is a batch of R 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,13 +56,15 @@ class Layout:
     """Tokens of each sequence's prompt, counted from the beginning of what it continues."""
     read_N: Tensor | None = None
     """Places in the flattened batch whose last hidden state is read, each once; None: all may be."""
+    made: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What attention has made of this layout, for the layers that follow."""
 
     def to(self, device: torch.device) -> Layout:
         """The same with its tensors elsewhere."""
         moved = {n: t.to(device) for n, t in self.first.items()}
         families = tuple(replace(f, mask_TT=None if f.mask_TT is None else f.mask_TT.to(device)) for f in self.families)
         position, owner = self.position_RW.to(device), self.owner_RW.to(device)
-        return replace(self, position_RW=position, owner_RW=owner, first=moved, families=families)
+        return replace(self, position_RW=position, owner_RW=owner, first=moved, families=families, made={})
 
     def index(self, sequence: int, token: int = 0) -> int:
         """Where a token of a sequence stands in the flattened batch."""

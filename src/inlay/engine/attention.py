@@ -52,8 +52,7 @@ def apart(host: Host) -> Iterator[None]:
         layout = host.now.layout
         if interface or layout is None:
             return None
-        sees = layout.sees()[:, None]
-        return additive(sees, dtype)
+        return additive(layout.sees()[:, None], dtype)
 
     with attending(host, f"inlay-{id(host)}", attend, dense):
         yield
@@ -114,11 +113,12 @@ def attention(
             said.append(v_)
             continue
         q_, k_, v_ = (t.transpose(0, 1) for t in (q_, k_, v_))
-        mask = _seen(own, sliding_window, query.device)
+        mask = _seen(layout, own, sliding_window, query.device)
         if softcap is not None:
             out = capped(q_, k_, v_, mask, scaling, softcap, dropout)
         elif dropout == 0 and _short(q_):
-            out = Recomputed.apply(q_, k_, v_, _bias(mask, q_), scaling or q_.shape[-1] ** -0.5)
+            bias = _bias(layout, own, sliding_window, mask, q_)
+            out = Recomputed.apply(q_, k_, v_, bias, scaling or q_.shape[-1] ** -0.5)
         else:
             causal = mask is None and own.length > 1
             out = scaled_dot_product_attention(
@@ -158,12 +158,29 @@ def _short(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[1] <= SHORT
 
 
-def _bias(mask: Tensor | None, like: Tensor) -> Tensor:
+def _bias(layout: Layout, own: Family, window: int | None, mask: Tensor | None, like: Tensor) -> Tensor:
     """What is added to the scores of q (H, T, D): 0 where a token is seen, minus infinity elsewhere."""
-    T = like.shape[1]
-    if mask is None:
-        return torch.full((T, T), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
-    return torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
+
+    def make() -> Tensor:
+        T = like.shape[1]
+        if mask is None:
+            return torch.full((T, T), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
+        return torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
+
+    return _once(layout, ("bias", _shape(own, window), like.dtype), make)
+
+
+def _shape(own: Family, window: int | None) -> Any:
+    """What a family's mask depends on."""
+    near = window if window and own.length > window else None
+    return (own.length, near) if own.mask_TT is None else (own.row, own.start, near)
+
+
+def _once(layout: Layout, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """What the first layer makes serves the others."""
+    if key not in layout.made:
+        layout.made[key] = make()
+    return layout.made[key]
 
 
 def _cuts(layout: Layout) -> tuple[list[int], list[Family | None]]:
@@ -185,14 +202,17 @@ def _cuts(layout: Layout) -> tuple[list[int], list[Family | None]]:
     return sizes, pieces
 
 
-def _seen(own: Family, window: int | None, device: torch.device) -> Tensor | None:
+def _seen(layout: Layout, own: Family, window: int | None, device: torch.device) -> Tensor | None:
     """A family's mask (T, T); None where plain causality says it all."""
     if not window or own.length <= window:
         return own.mask_TT
     if own.mask_TT is not None:
         raise InlayError("sequences that continue others cannot be longer than the sliding window")
-    near = torch.ones(own.length, own.length, dtype=torch.bool, device=device)
-    return near.tril_().triu_(1 - window)
+
+    def make() -> Tensor:
+        return torch.ones(own.length, own.length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+
+    return _once(layout, ("seen", _shape(own, window)), make)
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float | None, softcap: float | None) -> Tensor:

@@ -15,7 +15,7 @@ from inlay.core.fingerprint import readable
 from inlay.core.host import Host
 from inlay.core.route import Route
 from inlay.engine.loss import at_a_time, linear_cross_entropies, linear_cross_entropy
-from inlay.engine.pack import Pack
+from inlay.engine.pack import Pack, twice_biased
 
 Read = Callable[[Tensor, Tensor], Tensor]
 """A question to logits: (logits (n, V) in float32, targets (n,)) -> (n,), float32."""
@@ -41,6 +41,14 @@ def is_whole(host: Host) -> bool:
         states: Any = host.model.base_model(ids, use_cache=False).last_hidden_state  # type: ignore[operator]
         bare = host.model.get_output_embeddings()(states)  # type: ignore[operator]
     return bool((bare - said).abs().max() <= 1e-5 * said.abs().max())
+
+
+def refused(host: Host) -> str:
+    """Why this decoder is never packed, whatever a trial finds (16 bits hide differences from it); empty if it may be.
+    The model is in evaluation mode and under its own attention."""
+    if twice_biased(host.model):
+        return "this decoder's ALiBi cannot be had under another attention"
+    return "" if is_whole(host) else "this decoder changes its logits behind the head"
 
 
 def log_likelihood(host: Host, pack: Pack) -> Tensor:

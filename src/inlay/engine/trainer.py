@@ -28,7 +28,7 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.attention import apart, set_attention
 from inlay.engine.example import IGNORED, scored
-from inlay.engine.head import hidden, loss_sum
+from inlay.engine.head import hidden, loss_sum, refused
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import at_a_time
 from inlay.engine.pack import Pack, pack, rounding
@@ -157,11 +157,16 @@ class _Forward:
 
     def _plain(self, **given: Any) -> Any:
         """The model's own forward under its own attention."""
+        with self._own_attention():
+            return self.forward(**given)
+
+    @contextlib.contextmanager
+    def _own_attention(self) -> Iterator[None]:
         config = self.host.model.config
         packed = config._attn_implementation
         set_attention(config, self.attention)
         try:
-            return self.forward(**given)
+            yield
         finally:
             set_attention(config, packed)
 
@@ -190,6 +195,9 @@ class _Forward:
         training = model.training
         model.eval()
         try:
+            with self._own_attention():
+                if why := refused(self.host):
+                    return why
             want = 0.0
             for n in some:
                 row = {

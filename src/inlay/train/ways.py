@@ -25,7 +25,7 @@ from inlay.engine.gated import gated_mlps
 from inlay.engine.head import Read
 from inlay.engine.last import only_read
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import Pack, budget, pack, packs, rounding, twice_biased
+from inlay.engine.pack import Pack, budget, pack, packs, rounding
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
 
@@ -171,13 +171,11 @@ def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: S
 @torch.no_grad()
 def _refused(host: Host, name: str, plain: Plain, packed: Packed, examples: Sequence[Example]) -> str:
     """Why packing does not serve this model; empty if it does."""
-    if twice_biased(host.model):
-        return "this decoder's ALiBi cannot be had under another attention"
     training = host.model.training
     host.model.eval()
     try:
-        if not head.is_whole(host):
-            return "this decoder changes its logits behind the head"
+        if why := head.refused(host):
+            return why
         with host.using(name):
             want = float(plain.loss(examples))
             with packed.active():
