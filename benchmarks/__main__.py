@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import adapterhub, attach, bound, report
 from benchmarks import gpu as on_gpu
+from benchmarks import mix as mixing
 from benchmarks.bases import llama
 from benchmarks.choice import Choice
 from benchmarks.generate import Generation
@@ -50,7 +51,12 @@ class Asked:
 
 
 def train(asked: Asked) -> Iterator[Result]:
-    """Time of optimizer steps."""
+    """Time of optimizer steps; by default on a small model as well."""
+    for size in (asked.size, "small") if asked.size == "60M" else (asked.size,):
+        yield from _train(replace(asked, size=size))
+
+
+def _train(asked: Asked) -> Iterator[Result]:
     for dtype in asked.dtypes:
         for method in asked.methods:
             for kind in asked.kinds if method == "lora" else asked.kinds[:1]:
@@ -199,7 +205,53 @@ def hang(asked: Asked) -> Iterator[Result]:
             yield compare(name, SHARE, *alone, "ms", "its own first load", note)
 
 
-WORKLOADS = {f.__name__: f for f in (train, series, upper, memory, cost, choice, generate, hang, gpu)}
+def mix(asked: Asked) -> Iterator[Result]:
+    """Many adapters in one batch."""
+    many = 4 if asked.quick else 32
+    plans = {"LoRA": [f"lora-{i}" for i in range(many)], "RoAd": [f"road1-{i}" for i in range(many)]}
+    plans["LoRA, 4 adapters"] = [f"lora-{i * 4 // many}" for i in range(many)]
+    plans["8 methods"] = [f"{m}-{i}" for m in mixing.UNLIKE for i in range(many // 8)] or ["lora-0", "road1-0"] * 2
+    bare = mixing.Decoder(llama(asked.size).eval(), many)
+    wanted = [(m, many if m in ("lora", "road1") else max(1, many // 8)) for m in mixing.UNLIKE]
+    host, _ = mixing.shelved(asked.size, wanted)
+    ours = {name: mixing.Worn(host, plan) for name, plan in plans.items()}
+    peers = {n: mixing.Decoder(bare.model, many, mixing.with_peft(asked.size, n, many)) for n in {many, 4}}
+    for what, steps in (("decode", 5 * asked.steps), ("prefill", 0)):
+        sides: dict[str, mixing.Decoder] = {"bare": bare, **ours, **{f"PEFT {n}": p for n, p in peers.items()}}
+        took = rounds({n: partial(d.steps, steps) if steps else d.prefill for n, d in sides.items()}, asked.rounds)
+        walls = {n: [t.wall for t in v] for n, v in took.items()}
+        about = f"{many} rows, context {mixing.CONTEXT}" if steps else f"{many} x {mixing.CONTEXT} tokens"
+        for name in plans:
+            title = (
+                f"mixed {what}, {name if ',' in name or 'methods' in name else f'{name}, {many} adapters'} {asked.size}"
+            )
+            yield compare(title, SHARE, walls[name], walls["bare"], "s", "the bare model", about)
+        for name, n in (("LoRA", many), ("LoRA, 4 adapters", 4)):
+            title = f"mixed {what}, LoRA, {n} adapters {asked.size}"
+            yield faster(title, took[name], took[f"PEFT {n}"], "PEFT adapter_names", about)
+
+
+def heterogeneous(asked: Asked) -> Iterator[Result]:
+    """RoAd's headline, scaled down: tokens a second with an adapter per request, against LoRA by `torch.bmm`."""
+    for requests in (2,) if asked.quick else (1, 2, 4, 8, 16, 32, 64):
+        host, _ = mixing.shelved(asked.size, [("lora", requests), ("road1", requests)])
+        sides: dict[str, mixing.Decoder] = {
+            "RoAd": mixing.Worn(host, [f"road1-{i}" for i in range(requests)]),
+            "LoRA": mixing.Worn(host, [f"lora-{i}" for i in range(requests)]),
+            "bmm": mixing.Decoder(mixing.with_bmm(asked.size, requests), requests),
+        }
+        took = rounds({n: partial(d.steps, 5 * asked.steps) for n, d in sides.items()}, asked.rounds)
+        speed = {n: requests * 5 * asked.steps / statistics.median(t.wall for t in v) for n, v in took.items()}
+        note = ", ".join(f"{n} {v:.0f}" for n, v in speed.items()) + " tokens/s"
+        for peer, peer_is in (("bmm", "LoRA by torch.bmm"), ("LoRA", "our own stacked LoRA")):
+            yield faster(
+                f"heterogeneous RoAd, {requests:2d} requests {asked.size}", took["RoAd"], took[peer], peer_is, note
+            )
+
+
+WORKLOADS = {
+    f.__name__: f for f in (train, series, upper, memory, cost, choice, generate, hang, mix, heterogeneous, gpu)
+}
 
 
 def main() -> None:

@@ -389,7 +389,7 @@ def test_another_loss_is_never_computed(tmp_path):
 
 
 def test_what_rounding_would_hide_is_refused():
-    """In bfloat16 a mild cap of the logits, and ALiBi that Falcon adds by itself, stay within what a trial lets pass."""
+    """In bfloat16 a mild cap of the logits, and ALiBi of Falcon's own, stay within what a trial lets pass."""
     from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}

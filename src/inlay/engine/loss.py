@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,8 +54,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_ND * grad_N.to(grad_ND.dtype)[:, None], None, None, None
 
 
+@functools.cache
+def liger() -> Any:
+    """Liger's fused linear cross entropy, summed; None where it is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:  # it is there, its compiler is not
+        return None
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+
 def linear_cross_entropy(h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
-    """Summed cross entropy in float32; no gradient reaches W and b."""
+    """Summed cross entropy in float32; no gradient reaches W and b. On a GPU by Liger's kernels, if installed."""
+    if h_ND.device.type == "cuda" and len(h_ND) and (kernels := liger()) is not None:
+        return kernels(W_VD, h_ND, target_N, b_V).float()
     return linear_cross_entropies(h_ND, W_VD, b_V, target_N).sum(dtype=torch.float64).float()
 
 
