@@ -103,6 +103,42 @@ def test_compositions_do_not_depend_on_who_was_loaded_first(root, folder):
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("text", ["sum(0.7*lora, 0.4*series)", "stack(series, average(lora, series))"])
+def test_compositions_are_made_of_the_versions_of_now(host, root, folder, text):
+    from inlay.library import compose
+
+    def alone(folder):
+        own = tiny_server.host(root, folder)
+        return generate(compose(own, "x", text), tiny.tokenizer(), ["Tom has"], "x", SHORT)[0].text
+
+    adapters = Adapters(host, [folder])
+    assert adapters.lease(text) is None
+    old = adapters.bring(text)
+    assert (
+        says(host, old) == alone("adapters") not in map(want, [root] * 2, ["lora", "series"])
+        and adapters.lease(text).worn == old.worn
+    )
+    for name in ("lora", "series"):
+        shutil.rmtree(folder / name)
+        shutil.copytree(root / "spare" / name, folder / name)
+        adapters.load(name, replacing=True)
+    new = adapters.bring(text)
+    assert says(host, new) == alone("spare") and says(host, old) == alone("adapters")
+    assert adapters.names() == sorted(tiny_server.SMALL)
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [("sum(lora", 400), ("mean(lora, series)", 400), ("sum(0.5*nobody, lora)", 404), ("union(lora, series)", 400),
+     ("sum(../x)", 400), ("sum(" * 120, 400)],
+)  # fmt: skip
+def test_compositions_that_cannot_be_made(host, root, folder, text, code):
+    adapters = Adapters(host, [folder])
+    assert status(lambda: adapters.bring(text)) == code
+    assert says(host, adapters.bring("lora")) == want(root, "lora")
+    assert not any("composition" in n for n in host.edits)
+
+
 @pytest.mark.parametrize("name", ["../lora", "a/b", "", ".", "..", "a+b", "a b", "x" * 129, "base", "lora\n", "%2e"])
 def test_bad_names(host, folder, name):
     adapters = Adapters(host, [folder])

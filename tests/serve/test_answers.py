@@ -11,7 +11,9 @@ import torch
 from openai import AsyncOpenAI
 
 from inlay.evaluate import GenerateSettings, generate
+from inlay.library.compose import compose
 from tests.evaluate.tiny import PLAN, PROMPTS, tokenizer
+from tests.serve import tiny_server
 
 MODES = {
     "greedy": GenerateSettings(max_new_tokens=20),
@@ -170,10 +172,16 @@ def test_chat_without_a_template_is_the_protocols_prompt(served, reference):
     assert len({p.id for p in parts}) == 1
 
 
-def test_models_are_listed_and_composed(served, reference):
+def test_models_are_listed_and_composed(served, reference, root):
     listed = [m.id for m in served.client().models.list()]
     assert listed == ["base", "lora", "prefix", "prompt", "series"]
     assert served.client().models.retrieve("lora").id == "lora"
     want = generate(reference, tokenizer(), ["Tom"], "lora+prefix", GenerateSettings(max_new_tokens=9))[0].text
     got = served.client().completions.create(model="lora+prefix", prompt="Tom", max_tokens=9, temperature=0)
     assert got.choices[0].text == want
+    text = "sum(0.6*lora, 0.4*series)"
+    own = tiny_server.host(root)
+    want = generate(compose(own, "mix", text), tokenizer(), ["Tom"], "mix", GenerateSettings(max_new_tokens=9))[0].text
+    for written in (text, text.replace(" ", "")):
+        got = served.client().completions.create(model=written, prompt="Tom", max_tokens=9, temperature=0)
+        assert got.choices[0].text == want

@@ -7,6 +7,7 @@ replaced or unloaded leaves the model when nobody holds it any more.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -22,13 +23,10 @@ from inlay.core.host import Host
 from inlay.core.route import Worn
 from inlay.evaluate.batches import quiet, room
 from inlay.interop import formats
-from inlay.interop.peft_folder import CONFIG
 from inlay.library.compose import compose
 from inlay.serve.errors import Refused
+from inlay.serve.names import HUB, NAME, adapter_in, parts, render
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
-FILES = ("adapter.json", CONFIG)
-HUB = "hub:"
 log = logging.getLogger(__name__)
 
 
@@ -122,37 +120,49 @@ class Adapters:
         return len(self._loaded) + len(self._retired)
 
     def lease(self, model: str) -> Lease | None:
-        """What `model` stands for: the base, an adapter or `a+b`; None if a part of it must be brought first.
+        """What `model` stands for: the base, an adapter, `a+b`, or a composition (`inlay.library.compose`); None if a
+        part of it must be brought first.
 
         Raises:
             Refused: 404 for unknown names, 503 for adapters that cannot be read.
         """
         if model in self.base:
             return Lease()
-        parts = model.split("+")
-        if len(set(parts)) < len(parts):
-            raise Refused(f"the model {model!r} names an adapter twice", 400, "invalid_model", "model")
         with self._lock:
-            for name in parts:
-                if not self._finds(name):
-                    raise Refused(f"the model {name!r} does not exist; /v1/models lists those that do", 404,
-                                  "model_not_found", "model")  # fmt: skip
-                if name in self._broken and name not in self._loaded:
-                    raise Refused(f"the adapter {name!r} cannot be served: {self._broken[name]}", 503,
-                                  "adapter_broken", "model")  # fmt: skip
-            if not all(name in self._loaded for name in parts):
+            names = parts(model)
+            for name in names:
+                self._check_known(name)
+            if not all(name in self._loaded for name in names):
                 return None
-            versions = tuple(self._loaded[name] for name in parts)
+            if "(" in model:
+                if (made := self._composed(model)) not in self._loaded:
+                    return None
+                names = [made]
+            versions = tuple(self._loaded[name] for name in names)
             self._held(versions)
-            for v in versions:
-                self._loaded.move_to_end(v.name)
+            for name in names:
+                self._loaded.move_to_end(name)
             worn = tuple(v.hung for v in versions)
             return Lease(worn, room(self.host, worn), versions, self)
+
+    def _check_known(self, name: str) -> None:
+        if not self._finds(name):
+            raise Refused(
+                f"the model {name!r} does not exist; /v1/models lists those that do", 404, "model_not_found", "model"
+            )
+        if name in self._broken and name not in self._loaded:
+            raise Refused(
+                f"the adapter {name!r} cannot be served: {self._broken[name]}", 503, "adapter_broken", "model"
+            )
+
+    def _composed(self, model: str) -> str:
+        """A composition of the versions that its parts have now; it stands among those that are loaded by this text."""
+        return render(model, {name: self._loaded[name].hung for name in parts(model)})
 
     def _finds(self, name: str) -> bool:
         """Whether a name is known, or a folder of that name has been put beside the others."""
         if name not in self._known and name not in self._gone and name not in self.base and NAME.fullmatch(name):
-            found = next((own for root in self.roots if (own := _adapter_in(root / name))), None)
+            found = next((own for root in self.roots if (own := adapter_in(root / name))), None)
             if found is not None:
                 self._known[name] = str(found)
         return name in self._known
@@ -173,10 +183,12 @@ class Adapters:
         held: list[Version] = []
         try:
             while (lease := self.lease(model)) is None:
-                for name in model.split("+"):
+                for name in parts(model):
                     if version := self._loaded.get(name) or self._try_hang(name):
                         held.append(version)
                         self._held([version])  # or the next part might push it out
+                if "(" in model and all(name in self._loaded for name in parts(model)):
+                    self._compose(model)
             return lease
         finally:
             self._released(held)
@@ -185,21 +197,13 @@ class Adapters:
         """A weighted sum of adapters as an adapter, which leaves the model when nobody holds it.
 
         Raises:
-            Refused: as `bring` for the parts; 422 for what has no sum, with the reason.
+            Refused: as `bring` for the parts; 400 for what has no sum, with the reason.
         """
-        parts = {name: self.bring(name) for name in weights}
-        try:
-            text = f"sum({', '.join(f'{weights[name]:g}*{part.versions[0].hung}' for name, part in parts.items())})"
-            self._made += 1
-            version = Version("mix", f"mix--{self._made}", text, retired=True)
-            self._make(version, lambda: compose(self.host, version.hung, text))
-        finally:
-            for part in parts.values():
-                part.release()
+        lease = self.bring(f"sum({', '.join(f'{weight:g}*{name}' for name, weight in weights.items())})")
         with self._lock:
-            self._retired.append(version)
-            self._held([version])
-        return Lease((version.hung,), 0, (version,), self)
+            for version in lease.versions:
+                self._retire(self._loaded.pop(version.name, None))
+        return lease
 
     def load(self, name: str, source: str | None = None, replacing: bool = False) -> Version:
         """Make an adapter available under a name, from a folder below one of the sources or the Hub.
@@ -278,6 +282,17 @@ class Adapters:
             said = str(e) if isinstance(e, InlayError) else f"{type(e).__name__}: {e}"
             raise e if isinstance(e, Refused) else Refused(said, 422, "adapter_broken", "source") from e
 
+    def _compose(self, model: str) -> None:
+        text, self._made = self._composed(model), self._made + 1
+        version = Version(text, f"mix--{self._made}", model)
+        try:
+            self._make(version, lambda: compose(self.host, version.hung, text))
+        except Refused as e:  # parts that do not go together
+            raise Refused(f"{model!r} cannot be composed: {e}", 400, "invalid_model", "model") from e
+        with self._lock:
+            self._loaded[text] = version
+            self._make_room()
+
     def _shelve(self, hung: str, folder: Path) -> None:
         """Read an adapter as any folder is read, and keep it folded: it is never trained here."""
         host = self.host
@@ -336,7 +351,7 @@ class Adapters:
             inside = root.resolve()
             folder = (inside / (source or name)).resolve()
             if folder.is_relative_to(inside) and folder.is_dir():
-                return str(_adapter_in(folder) or folder)
+                return str(adapter_in(folder) or folder)
         raise Refused(
             f"there is no folder {source or name!r} in the folders of adapters this server was started with",
             400, "bad_source", "source",
@@ -349,13 +364,13 @@ class Adapters:
         root = Path(source)
         if not root.is_dir():
             raise InlayError(f"there is no folder {source!r}; adapters of the Hub are written {HUB}org/name")
-        if own := _adapter_in(root):
+        if own := adapter_in(root):
             self._offer(root.resolve().name, str(own))
             return
         self.roots.append(root)
-        for folder in sorted(root.iterdir()):
-            if own := _adapter_in(folder):
-                self._offer(folder.name, str(own))
+        for name in sorted(os.listdir(root)):
+            if own := adapter_in(f"{root}/{name}"):
+                self._offer(name, str(own))
 
     def _offer(self, name: str, source: str) -> None:
         try:
@@ -374,11 +389,3 @@ class Adapters:
 
         repo, _, revision = source[len(HUB) :].partition("@")
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _adapter_in(folder: Path) -> Path | None:
-    """The adapter that a folder is, or holds as a training run does."""
-    for place in (folder, folder / "adapter"):
-        if any((place / file).is_file() for file in FILES):
-            return place
-    return None

@@ -34,7 +34,7 @@ class StreamOptions(Body):
 class Asked(Body):
     """What both kinds of requests may ask for."""
 
-    model: str
+    model: Annotated[str, Field(max_length=512)]
     n: Annotated[int, Field(ge=1, le=128)] = 1
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
