@@ -11,6 +11,8 @@ from torch import nn
 
 from benchmarks.bases import ALL_LINEARS, llama
 from benchmarks.harness import Took, clock
+from inlay.core import store
+from inlay.methods import EDITS
 
 
 def ours() -> Took:
@@ -70,7 +72,7 @@ def many(number: int, with_peft: bool) -> dict[str, float]:
         times = []
         for i in range(1, number):
             began = clock()
-            inlay.load(host, Path(folder) / "ours", name=f"a{i}")
+            store.shelve(host, Path(folder) / "ours", EDITS, f"a{i}")
             times.append(1e3 * began.since().wall)
         found["ours: first load"], found["ours: last load"] = times[0], sorted(times[-9:])[len(times[-9:]) // 2]
         began = clock()

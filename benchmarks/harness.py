@@ -167,9 +167,16 @@ class Watch:
 
 
 def record(result: Result, command: str, load: Mapping[str, float], path: Path = RESULTS) -> None:
-    """Put a result into the file, in place of an older one of the same workload and peer."""
+    """Put a result into the file, in place of an older one of the same workload and peer on
+    this processor."""
     there = json.loads(path.read_text()) if path.exists() else []
-    there = [r for r in there if (r["workload"], r["peer_is"]) != (result.workload, result.peer_is)]
-    about = {"command": command, "date": date.today().isoformat(), "load": load, "machine": machine()}
+    here = machine()
+
+    def same(r: Mapping) -> bool:
+        return (r["workload"], r["peer_is"], r["machine"]["processor"]) == (
+            result.workload, result.peer_is, here["processor"])  # fmt: skip
+
+    there = [r for r in there if not same(r)]
+    about = {"command": command, "date": date.today().isoformat(), "load": load, "machine": here}
     there.append({**asdict(result), **about})
     path.write_text(json.dumps(sorted(there, key=lambda r: r["workload"]), indent=1) + "\n")
