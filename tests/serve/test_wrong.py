@@ -229,3 +229,25 @@ def test_a_full_queue_is_429_and_the_client_comes_again(root):
         second.close()
         hook.remove()
         assert served.client(max_retries=5).completions.create(**asked).usage.completion_tokens == 100
+
+
+def test_a_request_given_up_while_its_adapter_is_read_holds_nothing(root):
+    import asyncio
+
+    from inlay.serve.wire import CompletionRequest
+
+    with tiny_server.inside(root) as served:
+        service, adapters = served.app.state.service, served.batcher.adapters
+        bring = adapters.bring
+        adapters.bring = lambda model: (time.sleep(0.3), bring(model))[1]
+
+        async def give_up():
+            task = asyncio.ensure_future(service.complete(CompletionRequest(**TEXT | {"model": "lora"})))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(give_up())
+        wait(lambda: adapters.loaded == 1)
+        wait(lambda: adapters.describe()[0]["requests"] == 0)
+        assert served.batcher.jobs == 0

@@ -37,6 +37,7 @@ def make_app(
     """An ASGI application over a running batcher; `doors` says whether requests are taken."""
     doors = doors or Doors()
     app = FastAPI(title="Inlay", version=__version__, openapi_url="/openapi.json")
+    app.state.service = service
     app.add_middleware(Gate, doors=doors, metrics=metrics, api_key=api_key, admin_key=admin_key, most=body)
     _errors(app)
     _openai(app, service)
@@ -195,9 +196,9 @@ class Events(Response):
         self.reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             with contextlib.suppress(OSError, Refused):  # both mean that nobody listens
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await unless_gone(receive, self._send(send))
         finally:
             self.reply.close()

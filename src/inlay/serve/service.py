@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from inlay.evaluate.rows import Row, row_seeds
@@ -49,6 +49,15 @@ class Service:
         ids = await self._read(lambda: self.texts.chat_ids(asked.messages))
         return await self._begin(asked, [ids], Chat(), [""])
 
+    async def _bring(self, model: str) -> Lease:
+        """As `Adapters.bring`; a lease that nobody waits for any more is released."""
+        future = self.batcher.call(lambda: self.adapters.bring(model))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(_let_go)
+            raise
+
     async def _read(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, function)
 
@@ -56,7 +65,7 @@ class Service:
         begun = time.monotonic()
         lease = self.adapters.lease(asked.model)
         if lease is None:
-            lease = await self.on_model(lambda: self.adapters.bring(asked.model))
+            lease = await self._bring(asked.model)
         leases = [lease]
         try:
             rows = self._rows(asked, [p for p in prompts for _ in range(asked.n)], lease)
@@ -84,6 +93,11 @@ class Service:
             limit = self.batcher.limit(own, lease, asked.most)
             rows.append(Row(i, own, lease.worn, drawn, limit, asked.settings(limit), asked.likeliest))
         return rows
+
+
+def _let_go(brought: Future[Lease]) -> None:
+    if not brought.cancelled() and brought.exception() is None:
+        brought.result().release()
 
 
 class Reply:
