@@ -1,17 +1,18 @@
-"""What watching costs: CPU time of a run without a tracker, with its probes, and with probes and snapshots.
+"""What watching costs: CPU time of a watched run, parted into steps, probes and snapshots.
 
     python scripts/watch_cost.py --model tiny-llama --steps 200
 
-Runs are interleaved and their medians compared. The table is measured beforehand; its time is printed beside.
+Parts of one run are compared, since runs one after another differ by more than probes cost on a shared machine. The
+table is measured before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from typing import Any
 
 import torch
 
@@ -21,28 +22,21 @@ from inlay.knowledge.track import Tracker, TrackSettings
 from inlay.knowledge.wording import examples
 from inlay.knowledge.world import World
 from inlay.train import OptimSettings, RunSettings, TrainSettings, fit
+from inlay.train.loop import Loop
 
 
-def seconds(args: argparse.Namespace, watch: TrackSettings | None) -> tuple[float, float]:
-    """CPU seconds of one run, and of measuring the table."""
-    model, tokenizer = inlay.load_base(args.model, device="cpu")
-    host = inlay.attach(model).add("a", inlay.method("lora").make(rank=8), at="q,v", seed=0)
-    world = World()
-    items = world.edits(args.items)
-    kept = world.retention(items, args.items // 2)
-    rows = examples(items, tokenizer)
-    with tempfile.TemporaryDirectory() as out:
-        settings = TrainSettings(
-            model=args.model, out=out,
-            optim=OptimSettings(batch_size=args.batch, steps=args.steps),
-            run=RunSettings(progress=False, loggers=("none",), save_every=0, async_save=False),
-        )  # fmt: skip
-        begin = time.process_time()
-        table = measure(host, tokenizer, items) if watch else None
-        observers = [Tracker(tokenizer, items, kept, watch, table)] if watch else []
+def timed(cls: type, name: str, spent: dict[str, float]) -> None:
+    """Add up the CPU time of a method."""
+    real = getattr(cls, name)
+
+    def method(self: Any, *args: Any, **more: Any) -> Any:
         start = time.process_time()
-        fit(host, "a", rows, [], settings, out, tokenizer, observers=observers)
-        return time.process_time() - start, start - begin
+        try:
+            return real(self, *args, **more)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.process_time() - start
+
+    setattr(cls, name, method)
 
 
 def main() -> None:
@@ -52,22 +46,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--items", type=int, default=360)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--snapshots", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = {"bare": None, "probes": TrackSettings(snapshots=0), "probes and snapshots": TrackSettings()}
-    found: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(args.rounds):
-        for name, watch in kinds.items():
-            spent, table = seconds(args, watch)
-            found[name].append(spent)
-    middle = {name: statistics.median(times) for name, times in found.items()}
-    extra = {name: round(100 * (t / middle["bare"] - 1), 1) for name, t in middle.items()}
-    print(
-        json.dumps(
-            {**vars(args), "cpu_seconds": found, "median": middle, "percent_more": extra, "table": table}, indent=1
-        )
+    model, tokenizer = inlay.load_base(args.model, device="cpu")
+    host = inlay.attach(model).add("a", inlay.method("lora").make(rank=8), at="q,v", seed=0)
+    world = World()
+    items = world.edits(args.items)
+    table = measure(host, tokenizer, items)
+    watch = Tracker(
+        tokenizer, items, world.retention(items, args.items // 2), TrackSettings(snapshots=args.snapshots), table
     )
+    spent: dict[str, float] = {}
+    for cls, name in ((Loop, "advance"), (Tracker, "soft"), (Tracker, "_take")):
+        timed(cls, name, spent)
+    with tempfile.TemporaryDirectory() as out:
+        settings = TrainSettings(
+            model=args.model,
+            out=out,
+            optim=OptimSettings(batch_size=args.batch, steps=args.steps),
+            run=RunSettings(progress=False, loggers=("none",), save_every=0, async_save=False),
+        )
+        fit(host, "a", examples(items, tokenizer), [], settings, out, tokenizer, observers=[watch])
+    told = {"steps": spent["advance"], "probes": spent["soft"], "snapshots": spent.get("_take", 0.0)}
+    share = {f"{k}_percent_of_steps": round(100 * told[k] / told["steps"], 2) for k in ("probes", "snapshots")}
+    print(json.dumps({**vars(args), "cpu_seconds": told, **share}, indent=1))
 
 
 if __name__ == "__main__":
