@@ -134,6 +134,17 @@ def test_a_shelved_adapter_is_only_worn():
     assert list(host.edits) == ["lora-0"]
 
 
+def test_on_the_shelf_the_order_is_that_of_names():
+    host = wearing("llama", "lora", "ia3")
+    for order in (("x", "y"), ("y", "x")):
+        for name, hung in zip(order, ("lora-0", "ia3-0") if order[0] == "x" else ("ia3-0", "lora-0"), strict=True):
+            host.shelve(name, host.edits[hung], host.placement(hung), host.tensors(hung))
+        assert list(host.edits) == ["lora-0", "ia3-0", "x", "y"]
+        got = logits(host, "y+x", **batch())
+        torch.testing.assert_close(got, logits(host, "lora-0+ia3-0", **batch()), **NEAR)
+        host.remove("x"), host.remove("y")
+
+
 def test_detaching_leaves_no_trace_of_what_was_shelved():
     model = base("llama")
     names = [n for n, _ in model.named_modules()]

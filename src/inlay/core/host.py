@@ -88,11 +88,6 @@ class Host:
         return getattr(self.model, "dtype", torch.float32)
 
     @property
-    def folded_dtype(self) -> torch.dtype:
-        """The type of folded adapters: float32, or float64 on a float64 base."""
-        return torch.promote_types(torch.float32, self.dtype)
-
-    @property
     def order(self) -> Mapping[str, int]:
         """Adapter -> its turn on a row that wears several."""
         if self._order is None:
@@ -210,7 +205,8 @@ class Host:
 
     def shelve(self, name: str, edit: Edit, at: str | Iterable[str] | None, tensors: Mapping[str, Tensor]) -> Host:
         """Keep an adapter that will be worn and neither trained nor read: folded into one vector, nothing of it in the
-        model. It costs the same however many there are, and a plan names it like any other.
+        model. It costs the same however many there are, and a plan names it like any other. On rows that wear several,
+        shelved adapters come after hung ones, in the order of their names.
 
         Args:
             at: a placement; the method's own by default.
@@ -227,6 +223,10 @@ class Host:
         self._free(name)
         self.shelf.place(name, edit, at if at is None or isinstance(at, str) else tuple(at), tensors, check)
         self._enter(name, edit)
+        # Shelves fill and empty as requests come: whoever is worn together takes turns by name, not by arrival.
+        known = sorted(self.edits.items(), key=lambda item: item[0] if item[0] in self.shelf else "")
+        self.edits.clear()
+        self.edits.update(known)
         return self
 
     def remove(self, name: str) -> Host:

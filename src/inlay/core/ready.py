@@ -37,7 +37,7 @@ class Folds:
         if kept is None or kept[0] != versions:
             with torch.inference_mode(False):
                 places = [s.places[name] for s in host.sites.values() if name in s.places]
-                made = fold(host.edits[name], places, host.by_place(name), host.folded_dtype)
+                made = fold(host.edits[name], places, host.by_place(name), host.shelf.dtype)
             self._kept[name] = kept = versions, made
         return kept[1]
 

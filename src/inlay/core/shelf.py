@@ -27,6 +27,11 @@ class Shelf(dict[str, Folded]):
         self._host = host
         self._expected: dict[tuple, tuple[list[Place], Shapes]] = {}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of folded adapters: float32, or float64 on a float64 base."""
+        return torch.promote_types(torch.float32, self._host.dtype)
+
     def place(
         self, name: str, edit: Edit, at: str | tuple[str, ...] | None, tensors: Mapping[str, Tensor], check: bool
     ) -> None:
@@ -39,7 +44,7 @@ class Shelf(dict[str, Folded]):
             place, _, k = key.rpartition("/")
             if place != "shared":
                 own[place][k] = t.to(device)
-        self[name] = fold(edit, places, {p: {**everywhere, **w} for p, w in own.items()}, host.folded_dtype)
+        self[name] = fold(edit, places, {p: {**everywhere, **w} for p, w in own.items()}, self.dtype)
 
     def _checked(self, name: str, edit: Edit, at: str | tuple[str, ...] | None, tensors: Mapping) -> list[Place]:
         if (edit, at) not in self._expected:

@@ -50,6 +50,17 @@ def read(host: Host, folder: str | Path, name: str | None = None) -> str:
     )
 
 
+def shelve(host: Host, folder: str | Path, name: str | None = None) -> str:
+    """As `read`, for an adapter that will only be worn (`Host.shelve`)."""
+    if detect(folder) == "inlay":
+        return store.shelve(host, folder, EDITS, name)
+    name = read(host, folder, name)
+    edit, at, tensors = host.edits[name], host.placement(name), host.tensors(name)
+    host.remove(name)
+    host.shelve(name, edit, at, {k: t.detach() for k, t in tensors.items()})
+    return name
+
+
 def write(host: Host, name: str, folder: str | Path, format: str = "peft", rank: int | None = None) -> Written:
     """Write an adapter as `peft` (the same method) or `vllm` (plain LoRA); see `inlay.interop.peft.write`."""
     return peft.write(host, name, folder, format, rank)
