@@ -71,6 +71,17 @@ def test_convert_for_vllm_reports_rank(base_folder, adapters, tmp_path, inlay_):
     assert code == 2 and "--to vllm" in err
 
 
+def test_compose_makes_one_adapter_of_several(base_folder, adapters, tmp_path, inlay_):
+    name = adapters["lora"].name
+    code, out, _ = inlay_(
+        "compose", f"average({name}, {name})", "--adapters", adapters["lora"], "--out", tmp_path / "c"
+    )
+    assert code == 0 and "numbers at" in out
+    assert torch.allclose(logits(base_folder, tmp_path / "c"), logits(base_folder, adapters["lora"]), atol=1e-5)
+    code, _, err = inlay_("compose", "sum(nobody)", "--adapters", adapters["lora"], "--out", tmp_path / "d")
+    assert code == 2 and "unknown adapter 'nobody'" in err and not (tmp_path / "d").exists()
+
+
 def test_merge_makes_an_ordinary_model(base_folder, adapters, tmp_path, inlay_):
     code, out, _ = inlay_("merge", adapters["lora"], "--out", tmp_path / "merged")
     assert code == 0 and "logits within" in out

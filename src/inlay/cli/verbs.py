@@ -12,7 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = ("demo", "plan", "train", "eval", "score", "know", "convert", "merge", "chat", "serve", "play", "inspect")
+NAMES = (
+    "demo",
+    "plan",
+    "train",
+    "eval",
+    "score",
+    "know",
+    "convert",
+    "merge",
+    "compose",
+    "chat",
+    "serve",
+    "play",
+    "inspect",
+)
 """The verbs, in the order of a first visit. `inlay.cli.<name>_` holds each as `VERB`."""
 GROUPS = {"know": ("items", "base", "measure", "slick", "watch", "filter", "interfere", "study", "report")}
 """Verbs that have verbs of their own, in the order of their use: `inlay.cli.<name>_<verb>` holds each as `VERB`."""
