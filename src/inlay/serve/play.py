@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,11 @@ FEW = 24
 AT_FIRST = 4
 """Adapters that are chosen when the page opens."""
 WEIGHT = 0.5
+TO_ANSWERS = """(...all) => {
+  if (window.innerWidth < 700) document.getElementById("answers").scrollIntoView({behavior: "smooth"});
+  return all;
+}"""
+"""On a phone the answers are below what is seen."""
 log = logging.getLogger(__name__)
 
 
@@ -38,14 +44,19 @@ def run(s: PlaySettings) -> None:
     if s.threads:
         torch.set_num_threads(s.threads)
     model, tokenizer = load_base(s.model, s.dtype, s.device)
-    app, batcher = build(s, attach(model), tokenizer)
-    server = Server(uvicorn.Config(app, s.host, s.port, log_level="warning", timeout_graceful_shutdown=2))
+    with _listening(s.host, s.port) as door:
+        app, batcher = build(s, attach(model), tokenizer)
+        try:
+            Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run([door])
+        finally:
+            batcher.stop(10)
+
+
+def _listening(host: str, port: int) -> socket.socket:
     try:
-        server.run()
-    finally:
-        batcher.stop(10)
-    if not server.started:
-        raise InlayError(f"cannot listen at {s.host}:{s.port}; choose another --port (0: a free one)")
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as e:
+        raise InlayError(f"cannot listen at {host}:{port} ({e.strerror}); choose another --port (0: a free one)") from e
 
 
 def build(s: PlaySettings, host: Host, tokenizer: Any) -> tuple[FastAPI, Batcher]:
@@ -73,16 +84,18 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        for server in self.servers:
-            host, port = server.sockets[0].getsockname()[:2]
-            print(f"the playground is at http://{host}:{port} (Ctrl+C ends it)", flush=True)
+        for door in sockets:
+            host, port = door.getsockname()[:2]
+            at = f"[{host}]" if ":" in host else host
+            print(f"the playground is at http://{at}:{port} (Ctrl+C ends it)", flush=True)
 
 
 def _theme() -> Any:
     fonts = ("ui-sans-serif", "system-ui", "sans-serif")
-    return gr.themes.Default(
-        primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=("ui-monospace", "monospace")
-    )
+    mono = ("ui-monospace", "monospace")
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono)
+    looks = {"block_radius": "*radius_lg", "block_info_text_color": "*body_text_color_subdued"}
+    return theme.set(body_text_color_subdued="*neutral_500", **looks)
 
 
 def make_page(playground: Playground, model: str) -> gr.Blocks:
@@ -93,7 +106,7 @@ def make_page(playground: Playground, model: str) -> gr.Blocks:
         gr.HTML(cards.head(model, len(names) - 1), elem_id="head")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                prompt = gr.Textbox(label="Prompt", lines=4, max_lines=12, placeholder="Ask everybody",
+                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, placeholder="Ask everybody",
                                     info="Shift+Enter asks", autofocus=True, elem_id="prompt")  # fmt: skip
                 who = _chooser(names, chosen)
                 with gr.Row():
@@ -115,8 +128,9 @@ def make_page(playground: Playground, model: str) -> gr.Blocks:
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
+            js=TO_ANSWERS,
         )
-        stop.click(lambda request: playground.stop(request.session_hash or ""), None, None, queue=False)
+        stop.click(_stopper(playground), None, None, queue=False, api_visibility="private")
     return page
 
 
@@ -129,8 +143,8 @@ def _chooser(names: Sequence[str], chosen: Sequence[str]) -> Any:
 
 
 def _mix(chosen: Sequence[str]) -> tuple[Any, list[Any]]:
-    with gr.Accordion("Mix: a weighted sum of the chosen adapters", open=False, elem_id="mix"):
-        mixed = gr.Checkbox(False, label="Add the mix as a column")
+    with gr.Accordion("Mix: a weighted sum of adapters", open=False, elem_id="mix"):
+        mixed = gr.Checkbox(False, label="Add a column that wears the sum")
         parts = _mixable(chosen)
         sliders = [
             gr.Slider(-1, 2, WEIGHT, step=0.05, label=parts[i] if i < len(parts) else "", visible=i < len(parts))
@@ -167,8 +181,8 @@ def _slide(who: Sequence[str], shown: Mapping[str, float], *values: float) -> li
 
 def _asker(playground: Playground) -> Any:
     async def ask(
-        prompt: str, who: list[str], mixed: bool, shown: Mapping[str, float],
-        heat: float, top_p: float, top_k: float, most: float, seed: str, *values: float, request: gr.Request,
+        request: gr.Request, prompt: str, who: list[str], mixed: bool, shown: Mapping[str, float],
+        heat: float, top_p: float, top_k: float, most: float, seed: str, *values: float,
     ) -> AsyncIterator[tuple[Any, Any, Any]]:  # fmt: skip
         weights = dict(zip(shown, values, strict=False)) if mixed else {}
         try:
@@ -183,8 +197,18 @@ def _asker(playground: Playground) -> Any:
                 first = False
         except InlayError as e:
             yield cards.problem(str(e)), *_buttons(False)
+        except Exception as e:  # or the button to ask would never come back
+            log.exception("a question failed")
+            yield cards.problem(f"the playground failed: {type(e).__name__}: {e}"), *_buttons(False)
 
     return ask
+
+
+def _stopper(playground: Playground) -> Any:
+    async def stop(request: gr.Request) -> None:
+        playground.stop(request.session_hash or "")
+
+    return stop
 
 
 def _buttons(busy: bool) -> tuple[Any, Any]:

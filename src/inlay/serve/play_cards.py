@@ -67,9 +67,8 @@ def _about(c: Column) -> str:
 
 def weighted(weights: Mapping[str, float]) -> str:
     """A sum as one writes it."""
-    terms = [(w, f"{abs(w):g} {name}") for name, w in weights.items() if w]
-    signs = [("-" if i == 0 else " - ") if w < 0 else ("" if i == 0 else " + ") for i, (w, _) in enumerate(terms)]
-    return "".join(sign + term for sign, (_, term) in zip(signs, terms, strict=True)).replace("-", "\N{MINUS SIGN}")
+    signed = "".join(f" {'-+'[w > 0]} {abs(w):g} {name}" for name, w in weights.items() if w)
+    return signed[3:] if signed.startswith(" +") else signed.replace(" - ", "-", 1)
 
 
 def _foot(c: Column) -> str:

@@ -205,7 +205,9 @@ class Playground:
             column.method = "+".join(self.adapters.host.edits[v.hung].kind for v in lease.versions)
             return lease
         except Refused as e:
-            return unknown("adapter", column.name, self.adapters.names()) if e.status == 404 else e
+            if e.status == 404:
+                return unknown("adapter", column.name, self.adapters.names())
+            return InlayError(f"{e} (A slider at 0 leaves an adapter out.)") if len(column.weights) > 1 else e
         except InlayError as e:
             return e
 
