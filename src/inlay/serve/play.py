@@ -56,19 +56,15 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
-        raise InlayError(f"cannot listen at {host}:{port} ({e.strerror}); choose another --port (0: a free one)") from e
+        why = str(e.strerror).partition(" (")[0]
+        raise InlayError(f"cannot listen at {host}:{port}: {why}; choose another --port (0: a free one)") from e
 
 
 def build(s: PlaySettings, host: Host, tokenizer: Any) -> tuple[FastAPI, Batcher]:
     """(the application, its batcher, which runs)."""
     adapters = Adapters(host, s.adapters, (BASE,), s.loaded)
     if not adapters.names():
-        where = ", ".join(s.adapters)
-        raise InlayError(
-            f"there is no adapter in {where}; `inlay train` makes one"
-            if where
-            else "nothing to compare: give folders of adapters with --adapters (`inlay demo` makes four in runs/demo)"
-        )
+        raise InlayError(f"there is no adapter in {', '.join(s.adapters)}; `inlay train` makes one")
     batcher = Batcher(host, tokenizer, adapters, rows=s.rows, longest=s.longest)
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     playground = Playground(batcher, adapters, Texts(tokenizer, vocabulary, s.template), s.timeout)
@@ -144,26 +140,25 @@ def _chooser(names: Sequence[str], chosen: Sequence[str]) -> Any:
 
 def _mix(chosen: Sequence[str]) -> tuple[Any, list[Any]]:
     with gr.Accordion("Mix: a weighted sum of adapters", open=False, elem_id="mix"):
-        mixed = gr.Checkbox(False, label="Add a column that wears the sum")
+        mixed = gr.Checkbox(False, label="Add a column that wears the sum", elem_id="mixed")
         parts = _mixable(chosen)
         sliders = [
-            gr.Slider(-1, 2, WEIGHT, step=0.05, label=parts[i] if i < len(parts) else "", visible=i < len(parts))
+            gr.Slider(-1, 2, WEIGHT, step=0.05, label=parts[i] if i < len(parts) else "", visible=i < len(parts),
+                      elem_id=f"weight-{i}")
             for i in range(SLIDERS)
-        ]
+        ]  # fmt: skip
     return mixed, sliders
 
 
 def _sampling() -> list[Any]:
     with gr.Accordion("Sampling", open=False, elem_id="sampling"):
         with gr.Row():
-            heat = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest token")
-            most = gr.Slider(1, 1024, 128, step=1, label="Most new tokens")
+            heat = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token", elem_id="heat")
+            most = gr.Slider(1, 1024, 128, step=1, label="Most new tokens", info="Of an answer", elem_id="most")
         with gr.Row():
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens")
             top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all tokens")
-        seed = gr.Textbox(
-            "", label="Seed", info="Empty: another one every time; without a temperature it means nothing"
-        )
+        seed = gr.Textbox("", label="Seed", info="Of sampling; empty: another one every time", elem_id="seed")
     return [heat, top_p, top_k, most, seed]
 
 

@@ -41,6 +41,8 @@ class PlaySettings:
     """CPU threads of one product; PyTorch's choice if not given."""
 
     def __post_init__(self) -> None:
+        if not self.adapters:
+            raise InlayError("nothing to compare: give folders of adapters with --adapters (`inlay demo` makes some)")
         for key in ("rows", "longest", "timeout", "loaded"):
             if getattr(self, key) <= 0:
                 raise InlayError(f"{key} {getattr(self, key)} must be above 0")
