@@ -63,13 +63,13 @@ def test_rows_that_wear_several_and_rows_that_wear_none():
     torch.testing.assert_close(logits(host, *plan, **inputs), want, **NEAR)
 
 
-def test_auto_stacks_steps_of_few_tokens_only_and_never_while_training():
+def test_auto_stacks_adapters_of_few_rows_and_never_while_training():
     host = wearing("llama", "lora", copies=2)
+    for each, stacks in ((3, True), (4, False)):
+        with torch.no_grad(), host.using(*["lora-0", "lora-1"] * each):
+            host.model(**batch(2 * each))
+            assert isinstance(host.now.steps[0], Stack) == stacks
     with host.using("lora-0", "lora-1"):
-        for tokens, stacks in ((7, True), (9, False)):
-            with torch.no_grad():
-                host.model(**batch(2, tokens))
-                assert isinstance(host.now.steps[0], Stack) == stacks
         host.model(**batch(2, 7)).logits.sum().backward()
         assert not any(isinstance(s, Stack) for s in host.now.steps)
     assert all(p.grad is not None for p in host.parameters())

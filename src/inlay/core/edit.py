@@ -47,6 +47,8 @@ class Call:
 
     def take(self, rows: Tensor | slice) -> Call:
         """The same call as seen by a subset of the rows."""
+        if self.first_B is None and not self.side:
+            return self
         return replace(
             self,
             first_B=None if self.first_B is None else self.first_B[rows],

@@ -43,9 +43,8 @@ class Cut:
             n = 1
             for d in shape:
                 n *= d
-            if flat.dim() == 1:
-                return flat[at : at + n].view(shape)
-            return flat[:, at : at + n].unflatten(1, shape if len(shape) > 1 else (1, *shape))
+            own, wide = flat[..., at : at + n], shape if len(shape) > 1 or flat.dim() == 1 else (1, *shape)
+            return own.unflatten(-1, wide[::-1]).mT if _tall(shape) else own.unflatten(-1, wide)
 
         found = {key: {k: part(*p) for k, p in own.items()} for key, own in self.pieces.items()}
         shared = found.pop(SHARED, {})
@@ -98,7 +97,7 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
             home = pieces[SHARED if shared.get(k) is t else place.key]
             if k not in home:
                 home[k] = at, tuple(t.shape)
-                parts.append(t.detach().reshape(-1).to(dtype))
+                parts.append((t.detach().mT if _tall(t.shape) else t.detach()).reshape(-1).to(dtype))
                 at += t.numel()
     wirings = {p.key: p.wiring for p in places}
     alike = tuple((p.key, p.wiring, edits[p.key], tuple(pieces[p.key].items())) for p in places)
@@ -106,6 +105,12 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
     cut = Cut(edits, wirings, pieces, at, alike, stacks)
     flat = torch.cat(parts)
     return Folded(cut, flat, cut.views(flat))
+
+
+def _tall(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stands transposed in its vector: batched products with few inner features are five times faster
+    when the long side is the contiguous one."""
+    return len(shape) == 2 and shape[0] > shape[1]
 
 
 @dataclass(eq=False)

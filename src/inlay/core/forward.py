@@ -54,7 +54,7 @@ class Forward:
         batch = ids.shape[0]
         if self.host._ready is None or self.host._ready.batch != batch:  # beam search repeats the rows of the plan
             self.host._ready = Ready(self.host, batch)
-        base, space = self.host._ready.route(self.host, ids.shape[1], model.training), self.host._ready.room
+        base, space = self.host._ready.route(self.host, model.training), self.host._ready.room
         side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.host.side.items()}
         self.host.now = replace(base, training=model.training, side=side)
         _same_room(past, space.wide if space else 0)

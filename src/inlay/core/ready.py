@@ -15,8 +15,9 @@ from inlay.core.route import Route, route, spread, stacked
 if TYPE_CHECKING:
     from inlay.core.host import Host
 
-FEW = 8
-"""Tokens a row up to which `auto` stacks: beyond, a product per adapter is as fast as one product of all."""
+MANY = 4
+"""Rows an adapter, on average, from which `auto` sends segments: a product of their own is then as fast as a row's part
+in a product of all, and reads the adapter once."""
 
 
 class Folds:
@@ -65,19 +66,22 @@ class Ready:
         if not torch.is_grad_enabled():
             self._stack(host)
 
-    def route(self, host: Host, tokens: int, training: bool) -> Route:
-        """For a forward of so many tokens a row."""
+    def route(self, host: Host, training: bool) -> Route:
+        """For a forward."""
         if torch.is_grad_enabled():
             host.folds.forget()
             return self.segments
-        if training or (host.strategy == "auto" and tokens > FEW):
+        if training:
             return self.segments
         if not torch.compiler.is_compiling():
             self._stack(host)
         return self._stacked or self.segments
 
     def _stack(self, host: Host) -> None:
-        if host.strategy not in ("auto", "stack") or len(self.segments.steps) < 2:
+        worn = sum(map(len, self.whole))
+        if len(self.segments.steps) < 2 or not (
+            host.strategy == "stack" or (host.strategy == "auto" and worn < MANY * len(self.segments.steps))
+        ):
             return
         now = [host.folds.get(host, s.name) for s in self.segments.steps]  # type: ignore[union-attr]
         if self._of is None or any(a is not b for a, b in zip(self._of, now, strict=True)):

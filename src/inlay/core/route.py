@@ -7,7 +7,7 @@ cut alike, one to a row, and one batched formula (`inlay.core.fold`). Four strat
 - `select`: the same, but every adapter sees every row and keeps its own: more work, but shapes never depend on the plan
   and each row is the same to the last bit as alone in a batch of that shape;
 - `stack`: a stack wherever the methods allow it, while nothing is trained;
-- `auto`: stacks for steps of few tokens (decoding), where they are faster, and segments for all else.
+- `auto`: stacks where adapters have few rows each and nothing is trained, and segments for all else.
 """
 
 from __future__ import annotations
