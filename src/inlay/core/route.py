@@ -207,9 +207,9 @@ def apply(strategy: str, jobs: Sequence[Job], x: Tensor, y: Tensor | None) -> Te
             out, mine = torch.where(step.mine.view(-1, *[1] * (out.dim() - 1)), fn(w, *args, call), out), True
         elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             where = step.span or step.rows
-            new = fn(w, *(a[where] for a in args), call.take(where))
             out, mine = out if mine else out.clone(), True
-            out[where] = new
+            own = call.take(where)
+            out[where] = fn(w, out[where], own) if y is None else fn(w, x[where], out[where], own)
         else:
             out = out.index_copy(0, step.rows, fn(w, *(a[step.rows] for a in args), call.take(step.rows)))
     return out

@@ -160,8 +160,9 @@ class Site(nn.Module):
         for step, edit, place, w in worn:
             call = now.call(step, place)
             if not edit.idle(call, tokens):
-                w = self.tensors(step.name) if w is None else w  # type: ignore[union-attr]
-                jobs.append((step, edit, edit.rounded(w, dtype), call))
+                if w is None or dtype.itemsize < 4:  # folded tensors are in the type of the edit already
+                    w = edit.rounded(self.tensors(step.name) if w is None else w, dtype)  # type: ignore[union-attr]
+                jobs.append((step, edit, w, call))
                 by_rows = by_rows or step.rows is not None or isinstance(step, Stack) or edit.positional
         if not jobs:
             return out

@@ -108,7 +108,7 @@ class Bottleneck(Edit):
 
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
         """The bottleneck itself: (..., width) -> (..., D_out)."""
-        z = F.dropout(z, self.dropout, call.training)
+        z = F.dropout(z, self.dropout, True) if self.dropout and call.training else z
         inner = ACTIVATIONS[self.activation](rows_product(z, w["D"], w.get("c")))
         return w.get("s", self.scale) * rows_product(inner, w["U"], w.get("e"))
 
@@ -162,7 +162,7 @@ class Compacter(Bottleneck):
         return super().folded(whole, place)
 
     def f(self, w: Weights, z: Tensor, call: Call) -> Tensor:
-        z = F.dropout(z, self.dropout, call.training)
+        z = F.dropout(z, self.dropout, True) if self.dropout and call.training else z
         inner = ACTIVATIONS[self.activation](self._phm(w["A_down"], w["D_s"], w["D_t"], z) + w.get("c", 0.0))
         return w.get("s", self.scale) * (self._phm(w["A_up"], w["U_s"], w["U_t"], inner) + w.get("e", 0.0))
 

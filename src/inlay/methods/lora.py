@@ -89,7 +89,7 @@ class LoRA(Edit):
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():
             return y + self.scale * linear(column(w["A"], x), w["B"])
-        x = dropout(x, self.dropout, call.training)
+        x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         if "_A0" in w:  # less where it started; subtracted first, so that a fresh adapter changes nothing
             return y + (low_rank(x, w["A"], w["B"], self.scale) - low_rank(x, w["_A0"], w["_B0"], self.scale))
         return low_rank(x, w["A"], w["B"], self.scale, onto=y)
@@ -148,7 +148,7 @@ class DoRA(LoRA):
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         A, B, s = w["A"], w["B"], self.scale
         gain, b = self.gain(w, call.place)
-        x = dropout(x, self.dropout, call.training)
+        x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         scaled = torch.addcmul(y, y - b, gain - 1) if call.place.has_bias else gain * y
         return low_rank(x, A, (gain[:, None] * B).to(B.dtype), s, onto=scaled)
 
@@ -219,7 +219,7 @@ class AdaLoRA(Edit):
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():
             return y + self.alpha / self.rank * linear(column(w["Q"], x) * w["E"], w["P"])
-        x = dropout(x, self.dropout, call.training)
+        x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         return low_rank(x, w["E"][:, None] * w["Q"], w["P"], self.alpha / self.rank, onto=y)
 
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:

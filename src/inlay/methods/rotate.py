@@ -242,7 +242,7 @@ class RoAdLoRA(RoAd):
         return edit, {**turned, "A": w["A"], "B": self.alpha / self.rank * w["B"]}
 
     def everywhere_after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        x = dropout(x, self.dropout, call.training)
+        x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         turned = super().everywhere_after(w, x, y, call)
         return low_rank(x, w["A"], w["B"], self.alpha / self.rank, onto=turned)
 
