@@ -38,7 +38,9 @@ def answers(now: Answers) -> str:
 def tally(now: Answers) -> str:
     """What the columns share."""
     rows = [c for c in now.columns if c.ended != "failed" or c.tokens]
-    tokens, seconds = sum(c.tokens for c in rows), max((c.seconds for c in rows), default=0)
+    if not rows:
+        return "nobody could answer"
+    tokens, seconds = sum(c.tokens for c in rows), max(c.seconds for c in rows)
     parts = [f"{len(rows)} answer{'s' * (len(rows) != 1)} in one batch"]
     if now.seed is not None:
         parts.append(f"seed {now.seed}")
