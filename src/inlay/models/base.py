@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,37 @@ def load_base(name: str | Path, dtype: str | None = None, device: str | None = N
         dtype: `fp32`, `bf16` or `fp16`; as stored if not given, except that the embedded bases come in fp32.
         device: where to put it; the GPU if there is one.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype is not None and dtype not in DTYPES:
         raise InlayError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     path = where(name)
     wanted = DTYPES[dtype] if dtype else torch.float32 if str(name) in EMBEDDED else "auto"
-    try:
+    with _told(name):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(name)
+    model.config._name_or_path = str(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """A base's tokenizer, with a padding token in any case."""
+    from transformers import AutoTokenizer
+
+    with _told(name):
+        tokenizer = AutoTokenizer.from_pretrained(where(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _told(name: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as e:
         raise InlayError(
             f"cannot load the base {str(name)!r}: {str(e).splitlines()[0]} "
             f"Give a folder, a Hub id, or one of {', '.join(EMBEDDED)}."
         ) from e
-    model.config._name_or_path = str(name)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer

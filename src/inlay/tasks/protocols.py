@@ -149,17 +149,9 @@ def encode_answer(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_all(
-    records: Iterable[Record], tokenizer: Any, protocol: Protocol, cutoff: int, progress: bool = False
-) -> tuple[list[Example], int]:
-    """Every record encoded, and how many rows were truncated. progress: show a bar."""
-    rows = list(records)
-    if progress:
-        from rich.progress import track
-
-        examples = [encode(r, tokenizer, protocol, cutoff) for r in track(rows, "tokenising")]
-    else:
-        examples = [encode(r, tokenizer, protocol, cutoff) for r in rows]
+def encode_all(records: Iterable[Record], tokenizer: Any, protocol: Protocol, cutoff: int) -> tuple[list[Example], int]:
+    """Every record encoded, and how many rows were truncated."""
+    examples = [encode(r, tokenizer, protocol, cutoff) for r in records]
     return examples, sum(e.truncated for e in examples)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import InlayError
 from inlay.core.files import sha256
+from inlay.train.ahead import Ahead
 from inlay.train.fitting import RunResult, fit
 from inlay.train.loop import seed_everything
 from inlay.train.ranks import Team, joined, place
@@ -64,17 +65,22 @@ def train(
 
 
 def records(settings: TrainSettings, progress: bool) -> Teach:
-    """The lesson of a task or file."""
-    from inlay.tasks import encode_all, protocols
+    """The lesson of a task or file, tokenised while the base is loaded."""
+    from inlay.models.base import load_tokenizer
+    from inlay.tasks import encode, protocols
 
     protocol = protocols.get(settings.data.protocol)
     train, val = read(settings.data, settings.run.seed)
 
+    def prepare() -> Callable[[Record], Example]:
+        own = load_tokenizer(settings.model)
+        return lambda record: encode(record, own, protocol, settings.data.cutoff)
+
+    ahead = Ahead([*train, *val], prepare)
+
     def teach(host: Host, tokenizer: Any) -> Lesson:
-        cutoff = settings.data.cutoff
-        examples, _ = encode_all(train, tokenizer, protocol, cutoff, progress=progress)
-        val_examples, _ = encode_all(val, tokenizer, protocol, cutoff) if val else ([], 0)
-        return Lesson(examples, val_examples, provenance(settings.data, protocol))
+        examples = ahead.get("tokenising", progress)
+        return Lesson(examples[: len(train)], examples[len(train) :], provenance(settings.data, protocol))
 
     return teach
 
