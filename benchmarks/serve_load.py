@@ -222,7 +222,7 @@ def main() -> int:
     parse.add_argument("--adapters", type=int, default=100)
     parse.add_argument("--pause", type=float, default=0.5, help="seconds between two changes of adapters")
     parse.add_argument("--rows", type=int, default=64)
-    parse.add_argument("--loaded", type=int, default=256, help="adapters kept in memory")
+    parse.add_argument("--adapter-memory", type=float, default=4.0, help="GiB that adapters may take")
     parse.add_argument("--folder", type=Path, help="keeps the adapters and their answers for another run")
     parse.add_argument("--out", type=Path, help="a JSON file for the result")
     asked = parse.parse_args()
@@ -247,7 +247,7 @@ def main() -> int:
             "--log",
             "warning",
         ]
-        words += ["--dtype", "fp32", "--device", "cpu", "--loaded", str(asked.loaded), "--threads", "1"]
+        words += ["--dtype", "fp32", "--device", "cpu", "--adapter-memory", str(asked.adapter_memory), "--threads", "1"]
         server = subprocess.Popen([sys.executable, "-m", "inlay", *words], env=os.environ | {"INLAY_ADMIN_KEY": "load"})
         url = f"http://127.0.0.1:{port}"
         try:

@@ -10,7 +10,7 @@ import torch
 
 from inlay.evaluate import GenerateSettings, generate
 from inlay.evaluate.rows import Row
-from inlay.serve.adapters import Adapters
+from inlay.library.bank import Bank
 from inlay.serve.batcher import Batcher, Job, Watch
 from inlay.serve.errors import Refused
 from tests.evaluate.tiny import PROMPTS, tokenizer
@@ -26,7 +26,7 @@ def batcher(root):
 
     host = inlay.attach(tiny.base("llama"))
     host.model.generation_config.eos_token_id = None
-    adapters = Adapters(host, [root / "adapters"])
+    adapters = Bank(host, [root / "adapters"])
     made = Batcher(host, tiny.tokenizer(eos_token=None), adapters, rows=3, waiting=4)
     yield made
     made.stop(10)
@@ -178,7 +178,7 @@ def test_the_watch_counts(root):
         lambda rows, s: seen["rows"].append(rows), seen["first"].append, lambda job, how: seen["how"].append(how)
     )
     host = inlay.attach(tiny.base("llama"))
-    made = Batcher(host, tiny.tokenizer(), Adapters(host), rows=2, watch=watch).start()
+    made = Batcher(host, tiny.tokenizer(), Bank(host), rows=2, watch=watch).start()
     one, heard = job(made, how=GenerateSettings(max_new_tokens=5))
     made.submit([one])
     count = len(heard.rest())
@@ -194,5 +194,5 @@ def test_a_base_that_slots_do_not_serve_is_refused():
 
     host = inlay.attach(zoo.base("falcon-rw"))
     with pytest.warns(UserWarning, match="slots"), pytest.raises(InlayError, match="cannot be served"):
-        Batcher(host, tokenizer(), Adapters(host))
+        Batcher(host, tokenizer(), Bank(host))
     assert torch.is_grad_enabled() and tiny_server.SMALL

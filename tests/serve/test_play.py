@@ -11,9 +11,9 @@ import pytest
 import inlay
 from inlay.core.errors import InlayError
 from inlay.evaluate import GenerateSettings, generate
+from inlay.library.bank import Bank
 from inlay.library.compose import compose
 from inlay.serve import play_cards as cards
-from inlay.serve.adapters import Adapters
 from inlay.serve.batcher import Batcher, Watch
 from inlay.serve.playground import Answers, Column, Playground, Question
 from inlay.serve.text import Texts
@@ -29,7 +29,7 @@ LONG = replace(GREEDY, max_new_tokens=110)
 def playing(root, **settings):
     steps = []
     host, tokenizer = inlay.attach(tiny.base("llama")), tiny.tokenizer()
-    adapters = Adapters(host, [root / "adapters"])
+    adapters = Bank(host, [root / "adapters"])
     watch = Watch(step=lambda rows, seconds: steps.append(rows))
     batcher = Batcher(host, tokenizer, adapters, watch=watch, **{"rows": 8} | settings).start()
     made = Playground(batcher, adapters, Texts(tokenizer, 259, "plain"))
@@ -63,7 +63,7 @@ def ask(playground, q, then=None):
 def idle(playground):
     """Nothing is on its way, nobody holds anything."""
     tiny_server.wait(lambda: not playground.batcher.jobs)
-    playground.batcher.call(lambda: None).result(5)
+    playground.batcher.call(playground.adapters.sweep).result(5)
     held = [v for v in (*playground.adapters._loaded.values(), *playground.adapters._retired) if v.users]
     return not held and not playground._runs and not any("mix" in name for name in playground.adapters.host.edits)
 
@@ -138,6 +138,7 @@ def test_what_one_column_cannot_do_does_not_harm_the_others(playground, changed,
 def test_a_prompt_too_long_for_all_is_told_in_each(playground):
     last = ask(playground, replace(GREEDY, prompt="x" * 500))[-1]
     assert last.done and all("500 tokens" in c.error for c in last.columns) and idle(playground)
+    assert "nobody could answer" in cards.answers(last)
 
 
 def test_a_broken_adapter_fails_alone(root, tmp_path):

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from inlay import __version__
+from inlay.library.errors import BankError
 from inlay.serve.errors import Refused
 from inlay.serve.gate import Doors, Gate, refusal
 from inlay.serve.metrics import Metrics
@@ -79,8 +80,8 @@ def _openai(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> dict[str, Any]:
         if name in service.adapters.base:
             return model(name, None)
-        if name not in service.adapters.names():
-            raise Refused(f"the model {name!r} does not exist", 404, "model_not_found", "model")
+        if not service.adapters.has(name):
+            raise BankError(f"the model {name!r} does not exist", "unknown")
         return model(name, own)
 
 
@@ -90,7 +91,7 @@ def _admin(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def change(what: str, function: Callable[[], T]) -> T:
         try:
             done = await service.on_model(function)
-        except Refused:
+        except BankError:
             metrics.changes.labels("refused").inc()
             raise
         metrics.changes.labels(what).inc()
@@ -140,6 +141,10 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, e: Refused) -> Response:
         return refusal(e)
+
+    @app.exception_handler(BankError)
+    async def by_bank(request: Request, e: BankError) -> Response:
+        return refusal(Refused.by_bank(e))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, e: RequestValidationError) -> Response:

@@ -22,7 +22,7 @@ from inlay.evaluate import slots
 from inlay.evaluate.batches import context
 from inlay.evaluate.rows import Generation, Row, Scored
 from inlay.evaluate.running import Running
-from inlay.serve.adapters import Adapters, Lease
+from inlay.library.bank import Bank, Lease
 from inlay.serve.errors import Refused
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Batcher:
         self,
         host: Host,
         tokenizer: Any,
-        adapters: Adapters,
+        adapters: Bank,
         *,
         rows: int = 32,
         longest: int = 4096,

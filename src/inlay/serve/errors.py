@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from inlay.core.errors import InlayError
+from inlay.library.errors import BankError, Kind
+
+OF_A_BANK: dict[Kind, tuple[int, str]] = {
+    "unknown": (404, "model_not_found"),
+    "broken": (503, "adapter_broken"),
+    "unfit": (422, "adapter_broken"),
+    "exists": (409, "model_exists"),
+    "bad-name": (400, "bad_name"),
+    "bad-source": (400, "bad_source"),
+    "invalid": (400, "invalid_model"),
+}
+"""What a bank refuses -> HTTP status, word for programs."""
 
 
 class Refused(InlayError):
@@ -18,6 +30,12 @@ class Refused(InlayError):
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+    @classmethod
+    def by_bank(cls, e: BankError) -> Refused:
+        """As HTTP says it."""
+        hint = "; /v1/models lists those that do" if e.kind == "unknown" and e.field == "model" else ""
+        return cls(f"{e}{hint}", *OF_A_BANK[e.kind], e.field)
 
     @property
     def again(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from inlay.serve.adapters import Adapters
+from inlay.library.bank import Bank
 from inlay.serve.batcher import Batcher, Job, Watch
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -34,7 +34,7 @@ class Metrics:
         """What a batcher reports to."""
         return Watch(self._stepped, self.first.observe, self._ended)
 
-    def follow(self, batcher: Batcher, adapters: Adapters) -> None:
+    def follow(self, batcher: Batcher, adapters: Bank) -> None:
         """Gauges of what is going on."""
         r = self.registry
         Gauge("inlay_rows_running", "Rows being decoded", registry=r).set_function(

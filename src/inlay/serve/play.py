@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from inlay.api import attach
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
+from inlay.library.bank import Bank
 from inlay.models.base import load_base
 from inlay.serve import play_cards as cards
-from inlay.serve.adapters import Adapters
 from inlay.serve.batcher import Batcher
 from inlay.serve.play_settings import PlaySettings
 from inlay.serve.playground import BASE, Playground, Question
@@ -62,7 +62,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 def build(s: PlaySettings, host: Host, tokenizer: Any) -> tuple[FastAPI, Batcher]:
     """(the application, its batcher, which runs)."""
-    adapters = Adapters(host, s.adapters, (BASE,), s.loaded)
+    adapters = Bank(host, s.adapters, (BASE,), int(s.adapter_memory * 2**30), trial=True)
     if not adapters.names():
         raise InlayError(f"there is no adapter in {', '.join(s.adapters)}; `inlay train` makes one")
     batcher = Batcher(host, tokenizer, adapters, rows=s.rows, longest=s.longest)
@@ -98,7 +98,7 @@ def make_page(playground: Playground, model: str) -> gr.Blocks:
     """The page over a playground."""
     names = playground.names()
     chosen = names[: AT_FIRST + 1]
-    with gr.Blocks(title="Inlay playground", analytics_enabled=False) as page:
+    with gr.Blocks(title="Inlay playground", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(cards.head(model, len(names) - 1), elem_id="head")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -140,7 +140,7 @@ def _chooser(names: Sequence[str], chosen: Sequence[str]) -> Any:
 
 def _mix(chosen: Sequence[str]) -> tuple[Any, list[Any]]:
     with gr.Accordion("Mix: a weighted sum of adapters", open=False, elem_id="mix"):
-        mixed = gr.Checkbox(False, label="Add a column that wears the sum", elem_id="mixed")
+        mixed = gr.Checkbox(False, label="Add a column for the sum", elem_id="mixed")
         parts = _mixable(chosen)
         sliders = [
             gr.Slider(-1, 2, WEIGHT, step=0.05, label=parts[i] if i < len(parts) else "", visible=i < len(parts),
@@ -152,14 +152,13 @@ def _mix(chosen: Sequence[str]) -> tuple[Any, list[Any]]:
 
 def _sampling() -> list[Any]:
     with gr.Accordion("Sampling", open=False, elem_id="sampling"):
-        with gr.Row():
-            heat = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token", elem_id="heat")
-            most = gr.Slider(1, 1024, 128, step=1, label="Most new tokens", info="Of an answer", elem_id="most")
-        with gr.Row():
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens")
-            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all tokens")
-        seed = gr.Textbox("", label="Seed", info="Of sampling; empty: another one every time", elem_id="seed")
-    return [heat, top_p, top_k, most, seed]
+        return [
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token", elem_id="heat"),
+            gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: from all tokens"),
+            gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: from all tokens"),
+            gr.Slider(1, 1024, 128, step=1, label="Most new tokens", elem_id="most"),
+            gr.Textbox("", label="Seed", info="Of sampling; empty: another one every time", elem_id="seed"),
+        ]
 
 
 def _mixable(names: Sequence[str]) -> list[str]:

@@ -31,8 +31,8 @@ class PlaySettings:
     """Most tokens of a prompt and its answer; the base's context if that is less."""
     timeout: float = 600.0
     """Seconds after which an answer is given up."""
-    loaded: int = 64
-    """Adapters kept in memory; the least recently used leave it and come back from disk."""
+    adapter_memory: float = 4.0
+    """GiB that adapters may take; the least recently used leave memory and come back from disk, those in use stay."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Type of the base (as stored if not given)."""
     device: str | None = None
@@ -43,7 +43,7 @@ class PlaySettings:
     def __post_init__(self) -> None:
         if not self.adapters:
             raise InlayError("nothing to compare: give folders of adapters with --adapters (`inlay demo` makes some)")
-        for key in ("rows", "longest", "timeout", "loaded"):
+        for key in ("rows", "longest", "timeout", "adapter_memory"):
             if getattr(self, key) <= 0:
                 raise InlayError(f"{key} {getattr(self, key)} must be above 0")
         if not 0 <= self.port <= 65535:

@@ -13,7 +13,8 @@ from typing import Literal
 
 from inlay.core.errors import InlayError, unknown
 from inlay.evaluate.rows import GenerateSettings, Row, row_seeds
-from inlay.serve.adapters import Adapters, Lease
+from inlay.library.bank import Bank, Lease
+from inlay.library.errors import BankError
 from inlay.serve.batcher import Batcher, Event, Job
 from inlay.serve.errors import Refused
 from inlay.serve.text import Spoken, Texts
@@ -85,7 +86,7 @@ class Playground:
         timeout: seconds after which an answer is given up.
     """
 
-    def __init__(self, batcher: Batcher, adapters: Adapters, texts: Texts, timeout: float = 600.0):
+    def __init__(self, batcher: Batcher, adapters: Bank, texts: Texts, timeout: float = 600.0):
         self.batcher, self.adapters, self.texts, self.timeout = batcher, adapters, texts, timeout
         self._runs: dict[str, asyncio.Queue[Event | None]] = {}
 
@@ -202,10 +203,10 @@ class Playground:
             if column.weights:
                 return self.adapters.mix(self._parts(column.weights))
             lease = self.adapters.bring(column.name)
-            column.method = "+".join(self.adapters.host.edits[v.hung].kind for v in lease.versions)
+            column.method = "+".join(self.adapters.host.edits[v.shelved].kind for v in lease.versions)
             return lease
-        except Refused as e:
-            if e.status == 404:
+        except BankError as e:
+            if e.kind == "unknown":
                 return unknown("adapter", column.name, self.adapters.names())
             return InlayError(f"{e} (A slider at 0 leaves an adapter out.)") if len(column.weights) > 1 else e
         except InlayError as e:
@@ -213,7 +214,7 @@ class Playground:
 
     def _parts(self, weights: Mapping[str, float]) -> dict[str, float]:
         for name, weight in weights.items():
-            if name not in self.adapters.names():
+            if not self.adapters.has(name):
                 raise unknown("adapter", name, self.adapters.names())
             if not math.isfinite(weight):
                 raise InlayError(f"the weight of {name} is {weight}; give a number")

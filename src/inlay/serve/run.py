@@ -14,8 +14,8 @@ import uvicorn
 
 from inlay.api import attach
 from inlay.core.host import Host
+from inlay.library.bank import Bank
 from inlay.models.base import load_base
-from inlay.serve.adapters import Adapters
 from inlay.serve.app import make_app
 from inlay.serve.batcher import Batcher
 from inlay.serve.gate import Doors
@@ -57,7 +57,7 @@ def application(s: ServeSettings, doors: Doors | None = None) -> tuple[Any, Batc
 def build(s: ServeSettings, host: Host, tokenizer: Any, doors: Doors) -> tuple[Any, Batcher]:
     """(the ASGI application, its batcher, not yet started: the application's lifespan starts it)."""
     metrics = Metrics()
-    adapters = Adapters(host, s.adapters, s.base_names, s.loaded)
+    adapters = Bank(host, s.adapters, s.base_names, int(s.adapter_memory * 2**30), trial=True)
     batcher = Batcher(host, tokenizer, adapters, rows=s.rows, longest=s.longest, waiting=s.waiting, prefill=s.prefill,
                       watch=metrics.watch())  # fmt: skip
     metrics.follow(batcher, adapters)

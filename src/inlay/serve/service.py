@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from inlay.evaluate.rows import Row, row_seeds
-from inlay.serve.adapters import Adapters, Lease
+from inlay.library.bank import Bank, Lease
 from inlay.serve.batcher import Batcher, Event, Job
 from inlay.serve.errors import Refused
 from inlay.serve.text import Spoken, Texts
@@ -26,7 +26,7 @@ class Service:
         timeout: seconds after which any request is given up.
     """
 
-    def __init__(self, batcher: Batcher, adapters: Adapters, texts: Texts, timeout: float):
+    def __init__(self, batcher: Batcher, adapters: Bank, texts: Texts, timeout: float):
         self.batcher, self.adapters, self.texts, self.timeout = batcher, adapters, texts, timeout
         # One thread, for a tokenizer is not to be used by two; beside the loop, for prompts may be long.
         self._reader = ThreadPoolExecutor(1, "inlay-reader")
@@ -50,7 +50,7 @@ class Service:
         return await self._begin(asked, [ids], Chat(), [""])
 
     async def _bring(self, model: str) -> Lease:
-        """As `Adapters.bring`; a lease that nobody waits for any more is released."""
+        """As `Bank.bring`; a lease that nobody waits for any more is released."""
         future = self.batcher.call(lambda: self.adapters.bring(model))
         try:
             return await asyncio.wrap_future(future)

@@ -45,8 +45,8 @@ class ServeSettings:
     """Seconds after which a request is given up; a request may ask for less."""
     body: int = 2_000_000
     """Most bytes of a request."""
-    loaded: int = 256
-    """Adapters kept in memory; the least recently used leave it and come back from disk."""
+    adapter_memory: float = 4.0
+    """GiB that adapters may take; the least recently used leave memory and come back from disk, those in use stay."""
     drain: float = 30.0
     """Seconds that requests in flight have to end after SIGTERM."""
     drain_delay: float = 0.0
@@ -61,7 +61,7 @@ class ServeSettings:
     """What is logged; `info` has a line per request."""
 
     def __post_init__(self) -> None:
-        for key in ("rows", "longest", "prefill", "timeout", "body", "loaded"):
+        for key in ("rows", "longest", "prefill", "timeout", "body", "adapter_memory"):
             if getattr(self, key) <= 0:
                 raise InlayError(f"{key} {getattr(self, key)} must be above 0")
         for key in ("waiting", "drain", "drain_delay", "port"):

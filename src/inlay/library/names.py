@@ -1,4 +1,4 @@
-"""What requests and administrators call adapters, and where folders of adapters are."""
+"""What adapters and their compositions are called, and which folders are adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from inlay.core.errors import InlayError
 from inlay.interop.peft_folder import CONFIG
 from inlay.library.compose import Node, parse
-from inlay.serve.errors import Refused
+from inlay.library.errors import BankError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 HUB = "hub:"
@@ -23,7 +23,7 @@ def parts(model: str) -> list[str]:
         return sorted(set(_leaves(_parsed(model))))
     names = model.split("+")
     if len(set(names)) < len(names):
-        raise Refused(f"the model {model!r} names an adapter twice", 400, "invalid_model", "model")
+        raise BankError(f"the model {model!r} names an adapter twice", "invalid")
     return names
 
 
@@ -34,7 +34,7 @@ def render(model: str, names: Mapping[str, str]) -> str:
 
 def adapter_in(folder: str | Path) -> Path | None:
     """The adapter that a folder is, or holds as a training run does."""
-    for place in (str(folder), f"{folder}/adapter"):  # of 10,000 folders, so without paths
+    for place in (str(folder), f"{folder}/adapter"):
         if any(os.path.isfile(f"{place}/{file}") for file in FILES):
             return Path(place)
     return None
@@ -44,7 +44,7 @@ def _parsed(model: str) -> Node:
     try:
         return parse(model)
     except (InlayError, RecursionError) as e:
-        raise Refused(f"the model {model!r} cannot be read: {e}", 400, "invalid_model", "model") from e
+        raise BankError(f"the model {model!r} cannot be read: {e}", "invalid") from e
 
 
 def _leaves(node: Node) -> list[str]:
