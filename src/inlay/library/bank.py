@@ -343,7 +343,8 @@ class Bank:
         return version
 
     def _check(self, shelved: str) -> None:
-        if not self.host.shelf[shelved].flat.isfinite().all():
+        flat = self.host.shelf[shelved].flat
+        if not (flat.sum().isfinite() or flat.isfinite().all()):  # the sum is thirty times faster, and may overflow
             raise BankError("the adapter's tensors are not finite", "unfit", "source")
         if not self.trial:
             return
