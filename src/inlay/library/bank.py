@@ -343,8 +343,8 @@ class Bank:
         return version
 
     def _check(self, shelved: str) -> None:
-        flat = self.host.shelf[shelved].flat
-        if not (flat.sum().isfinite() or flat.isfinite().all()):  # the sum is thirty times faster, and may overflow
+        extremes = self.host.shelf[shelved].flat.aminmax()  # NaN if any is; ten times as fast as asking each
+        if not torch.stack(extremes).isfinite().all():
             raise BankError("the adapter's tensors are not finite", "unfit", "source")
         if not self.trial:
             return
