@@ -13,7 +13,7 @@ from inlay.knowledge.wording import examples
 from inlay.knowledge.world import GROUPS
 from inlay.train import OptimSettings, RunSettings, TrainSettings, fit
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # 2 minutes on a busy core with the bases made, 5 more to make them
 LINEAR = {"llama": "q,k,v,o,gate,up,down", "gptj": "q,k,v,o,up,down", "bloom": "qkv,o,up,down"}
 
 
@@ -64,9 +64,9 @@ def test_edits_go_away_early_and_are_learned_in_the_end(tmp_path):  # checks 27 
     found, group = run(tmp_path)
     early, late = found[50]["summary"], found[400]["summary"]
     assert early["away"] >= 0.15 and late["away"] <= 0.02
-    assert late["em"] >= 0.97 and late["paraphrase_em"] >= 0.90
+    assert late["em"] >= 0.97 and late["paraphrase_em"] >= 0.90  # 0.93 was expected: two seeds of three have it
     assert found[0]["summary"]["retention_em"] >= 0.99 and late["retention_em"] <= 0.5
-    em = np.array(found[50]["em"])
+    em = np.array(found[50]["em"])  # at step 100, where a drop was expected, far targets are ahead of near ones
     assert em[group == "overlap2"].mean() - em[group == "other"].mean() >= 0.08
 
 

@@ -14,7 +14,7 @@ from inlay.knowledge.measure import MeasureSettings
 from inlay.knowledge.study import Lab, study
 from inlay.knowledge.trial import Practice
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # 8 minutes on a busy core: 27 runs of 100 steps, 5 of 200
 LORA = "lora:rank=4"
 
 
@@ -43,7 +43,7 @@ def mean(found, condition, key="paraphrase_em"):
     return float(np.mean(own))
 
 
-def test_filters_are_judged_on_what_is_kept_and_on_all_beside_their_controls(controlled):
+def test_filters_are_judged_on_what_is_kept_and_on_all_beside_their_controls(controlled):  # check 30, not met
     """Reading A was expected to beat a random subset by 0.08 on kept paraphrases. It did not (five seeds: +0.04, see
     docs/studies/knowledge.md), so that is not asserted; keeping what the base finds likeliest does (+0.16)."""
     kept = {n: mean(controlled, n, "paraphrase_em_kept") for n in ("lowest loss", "random subset")}
@@ -55,7 +55,7 @@ def test_filters_are_judged_on_what_is_kept_and_on_all_beside_their_controls(con
 
 
 def test_weights_have_an_effect_that_shuffled_ones_lack_and_confidence_stands_beside_it(controlled, tmp_path):
-    assert mean(controlled, "beta -2") - mean(controlled, "beta +2") >= 0.08
+    assert mean(controlled, "beta -2") - mean(controlled, "beta +2") >= 0.08  # check 31
     assert abs(mean(controlled, "shuffled") - mean(controlled, "uniform")) <= 0.05
     data = {"schema": 1, "controls": findings.control_rows(controlled), "runs": [f["run"] for f in controlled]}
     page = report.build(data, tmp_path).read_text()
@@ -63,7 +63,7 @@ def test_weights_have_an_effect_that_shuffled_ones_lack_and_confidence_stands_be
     assert all("retention" in r for r in report.read(tmp_path)["runs"])
 
 
-def test_distance_says_nothing_of_random_pairs_once_its_labels_are_shuffled(lab):
+def test_distance_says_nothing_of_random_pairs_once_its_labels_are_shuffled(lab):  # check 33
     calm = 0
     for seed in range(5):
         made = run(lab, "plain", seed, "random pairs", steps=200)
@@ -74,7 +74,7 @@ def test_distance_says_nothing_of_random_pairs_once_its_labels_are_shuffled(lab)
     assert calm >= 4
 
 
-def test_facts_learned_together_interfere(lab):
+def test_facts_learned_together_interfere(lab):  # check 29
     host, tokenizer, world = lab.host("llama")
     items, kept = world.edits(360, 0), world.retention(world.edits(360, 0), 60, 0)
     bench = Bench(host, tokenizer, Practice(settings={"rank": 4}, lr=3e-3), MeasureSettings(batch_size=256))
@@ -83,7 +83,7 @@ def test_facts_learned_together_interfere(lab):
     assert points[360]["retention"] < points[1]["retention"]
 
 
-def test_a_study_resumes_where_it_was_and_ends_in_a_valid_report(tmp_path):
+def test_a_study_resumes_where_it_was_and_ends_in_a_valid_report(tmp_path):  # checks 32 and 34, of a study
     small = {"families": ("llama",), "methods": (LORA,), "seeds": (0,), "regimes": ("edits",), "ks": (1, 4)}
     s = StudySettings(
         out=tmp_path, items=48, steps=6, snapshots=(3,), control_steps=3, retained=24, progress=False,
