@@ -217,7 +217,7 @@ def test_gamma_alone_pulls(tmp_path):
         ("fsdp", "dynamic", {"gamma": 0.5}),
         ("fsdp", "confidence", {"control": "lr-matched"}),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)  # each starts two processes; the four above have each signal, ddp and fsdp
+            pytest.param(*case, marks=pytest.mark.slow)  # two processes each
             for case in (
                 ("fsdp", "static", {}),
                 ("fsdp", "deviation", {"exact": True}),

@@ -107,7 +107,15 @@ def test_findings_of_made_up_runs():
     lora = next(f for f in found if f["method"] == "lora")
     assert lora["seeds"] == 2 and lora["near_quartile_em"] > lora["far_quartile_em"]
     assert len(lora["logistic_z"]) == len(lora["logistic_z_shuffled"]) == 2
+    assert np.mean(lora["drop_per_seed"]) == pytest.approx(lora["near_quartile_em"] - lora["far_quartile_em"])
+    assert np.mean(lora["drop_interval"]) == pytest.approx(np.mean(lora["drop_per_seed"]))
+    assert 0 <= lora["inverted_u_splits"] <= findings.SPLITS and (lora["inverted_u_splits"] or not lora["inverted_u"])
     assert lora["away"]["0"] == 0 and lora["away"]["25"] > 0
+
+
+def test_intervals_over_seeds_are_students():
+    assert findings.over_seeds([0.0, 1.0, 2.0]) == pytest.approx([1 - 2.4841, 1 + 2.4841], abs=1e-4)  # 4.3027 / sqrt 3
+    assert findings.over_seeds([0.3]) is None
 
 
 def test_findings_as_tables_say_what_the_numbers_say():

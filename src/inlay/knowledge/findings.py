@@ -11,6 +11,9 @@ from inlay.knowledge.curves import logistic, paired_seeds, two_lines
 from inlay.knowledge.design import AGAINST, StudySettings, condition
 from inlay.knowledge.sections import middle
 
+SPLITS = 20
+"""Halvings of the items on which the two-lines test is repeated: a shape that one in four shows is none to build on."""
+
 
 def control_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per condition, against its kind's baseline on the same seeds and items (all items, kept or not)."""
@@ -116,17 +119,33 @@ def _group(data: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[s
             excess.append(np.nansum(_floats(kept["excess"]) * n) / n.sum())
             null.append(np.nansum(_floats(kept["null"]) * n) / n.sum())
     shape = two_lines(*pooled)
+    declared = sum(two_lines(*pooled, seed=split).inverted_u for split in range(SPLITS))
     return told | {
         "near_quartile_em": float(np.mean(near)),
         "far_quartile_em": float(np.mean(far)),
+        "paraphrase_em_interval": over_seeds([r["paraphrase_em"] for r in runs]),
+        "drop_per_seed": np.subtract(near, far).tolist(),
+        "drop_interval": over_seeds(np.subtract(near, far)),
         "logistic_z": slopes,
         "logistic_z_shuffled": shuffled,
         "two_lines": {"left": shape.left, "right": shape.right, "z_left": shape.z_left, "z_right": shape.z_right},
         "inverted_u": shape.inverted_u,
+        "inverted_u_splits": declared,
         "away": {str(k): float(np.mean(v)) for k, v in sorted(away.items())},
         "deviation_null": float(np.mean(null)) if null else None,
         "deviation_excess": float(np.mean(excess)) if excess else None,
     }
+
+
+def over_seeds(values: Sequence[float] | np.ndarray) -> list[float] | None:
+    """95 % interval of the mean by Student's t, seeds being the sample; None for a single seed."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return None
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
 
 
 def _floats(values: Any) -> np.ndarray:
@@ -139,10 +158,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     plain = found["plain"]
     parts = [
         _table(
-            "family, method, regime, seeds, accuracy, paraphrases, retention, near quartile, far quartile".split(", "),
+            [
+                "family", "method", "regime", "seeds", "accuracy", "paraphrases", "retention", "near quartile",
+                "far quartile", "paraphrases, 95 %", "near less far, 95 %",
+            ],
             [
                 [p["family"], p["method"], p["regime"], str(p["seeds"])]
                 + [_percent(p[k]) for k in ("em", "paraphrase_em", "retention", "near_quartile_em", "far_quartile_em")]
+                + [_span(p["paraphrase_em_interval"]), _span(p["drop_interval"], True)]
                 for p in plain
             ],
             3,
@@ -185,6 +208,10 @@ def _percent(x: float | None, sign: bool = False) -> str:
     return f"{100 * x:+.1f}" if sign else f"{100 * x:.1f}"
 
 
+def _span(ends: Sequence[float] | None, sign: bool = False) -> str:
+    return "–" if ends is None else f"{_percent(ends[0], sign)} to {_percent(ends[1], sign)}"
+
+
 def _z(values: Sequence[float | None]) -> str:
     return ", ".join("–" if v is None or not np.isfinite(v) else f"{v:.1f}" for v in values)
 
@@ -195,13 +222,17 @@ def _shape(p: Mapping[str, Any]) -> list[str]:
     return [
         p["family"], p["method"], p["regime"], _percent(max(away.values())), _percent(last),
         _percent(p["deviation_null"]), _percent(p["deviation_excess"], True), _z([lines["z_left"]]),
-        _z([lines["z_right"]]), "yes" if p["inverted_u"] else "no", _z(p["logistic_z"]), _z(p["logistic_z_shuffled"]),
+        _z([lines["z_right"]]), _declared(p), _z(p["logistic_z"]), _z(p["logistic_z_shuffled"]),
     ]  # fmt: skip
+
+
+def _declared(p: Mapping[str, Any]) -> str:
+    return f"{'yes' if p['inverted_u'] else 'no'} ({p['inverted_u_splits']}/{SPLITS})"
 
 
 def _control(r: Mapping[str, Any]) -> list[str]:
     name = f"**{r['name']}**" if r["remedy"] else r["name"]
-    span = f"{_percent(r['low'], True)} to {_percent(r['high'], True)}"
+    span = _span((r["low"], r["high"]), True)
     kept = _percent(r["paraphrase_em_kept"]) if r["kind"] == "filter" else "–"
     return [
         name, r["against"], str(r["seeds"]), _percent(r["difference"], True), span, _percent(r["seed_error"]), kept,
@@ -210,7 +241,7 @@ def _control(r: Mapping[str, Any]) -> list[str]:
 
 
 def _point(name: str, p: Mapping[str, Any]) -> list[str]:
-    span = f"{_percent(p['low'], True)} to {_percent(p['high'], True)}"
+    span = _span((p["low"], p["high"]), True)
     numbers = [
         _percent(p["em"]),
         _percent(p["drop"], True),
