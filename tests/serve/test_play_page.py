@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,7 @@ PROMPT = "Tom has"
 
 
 @pytest.fixture(scope="module")
-def url(root):
+def served(root):
     """The page, on a thread of this process."""
     s = PlaySettings(model=str(root / "base"), adapters=(str(root / "adapters"),), template="plain", rows=8)
     app, batcher = play.build(s, inlay.attach(tiny.base("llama")), tiny.tokenizer())
@@ -41,10 +42,24 @@ def url(root):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     tiny_server.wait(lambda: server.started)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", batcher
     server.should_exit = True
     thread.join(20)
     batcher.stop(10)
+
+
+@pytest.fixture
+def url(served):
+    return served[0]
+
+
+@pytest.fixture
+def slow(served):
+    """The batcher, at ten steps a second."""
+    _, batcher = served
+    batcher.watch.step, before = lambda rows, seconds: time.sleep(0.1), batcher.watch.step
+    yield batcher
+    batcher.watch.step = before
 
 
 # ---- without a browser -----------------------------------------------------------------------------------------------
@@ -177,10 +192,20 @@ def ask(page, prompt, most=20):
 
 
 def set_most(page, most):
-    if not page.locator("#most input[type=number]").is_visible():
+    if not page.locator("#most").is_visible():
         page.click("#sampling button.label-wrap")
-    page.fill("#most input[type=number]", str(most))
-    page.keyboard.press("Tab")
+    turn(page, "#most", most)
+
+
+def turn(page, slider, value):
+    """Set a slider. A control that appears this very moment loses what is typed, so until it is kept."""
+    for _ in range(20):
+        page.fill(f"{slider} input[type=number]", str(value))
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(200)
+        if page.input_value(f"{slider} input[type=range]") == str(value):
+            return
+    raise AssertionError(f"{slider} does not take {value}")
 
 
 def said(page):
@@ -201,7 +226,7 @@ def test_adapters_answer_side_by_side(page, reference):
     assert len({b["y"] for b in boxes}) == 1 and boxes == sorted(boxes, key=lambda b: b["x"])
 
 
-def test_answers_stream_and_stop_ends_them(page):
+def test_answers_stream_and_stop_ends_them(page, slow):
     set_most(page, 110)
     page.fill("#prompt textarea", "12 + 30 =")
     page.evaluate(
@@ -222,6 +247,16 @@ def test_answers_stream_and_stop_ends_them(page):
     assert list(ask(page, PROMPT, 5)) == ["base", "lora", "prefix", "prompt", "series"]
 
 
+def test_who_closes_the_window_frees_the_batch(page, slow):
+    set_most(page, 110)
+    page.fill("#prompt textarea", "12 + 30 =")
+    page.click("#ask")
+    page.wait_for_selector(".answers footer")
+    assert slow.jobs == 5
+    page.close()
+    tiny_server.wait(lambda: not slow.jobs, 5)
+
+
 def test_sliders_weigh_a_mix(page, reference):
     compose(reference, "weighed", "sum(-0.5*lora, 1.25*series)")
     for name in ("prefix", "prompt"):
@@ -231,8 +266,7 @@ def test_sliders_weigh_a_mix(page, reference):
     page.wait_for_function("document.querySelectorAll('#mix input[type=range]').length == 2")
     for i, (name, weight) in enumerate((("lora", "-0.5"), ("series", "1.25"))):
         assert name in page.locator(f"#weight-{i}").inner_text()
-        page.fill(f"#weight-{i} input[type=number]", weight)
-        page.keyboard.press("Tab")
+        turn(page, f"#weight-{i}", weight)
     got = ask(page, PROMPT)
     assert list(got) == ["base", "lora", "series", "mix"]
     assert got["mix"] == want(reference, "weighed") and len(set(got.values())) == 4
