@@ -7,6 +7,7 @@ place a stack is then a batched tensor, a view of that matrix, and one batched f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,10 +42,10 @@ class Cut:
         (n, 1, p)."""
 
         def part(at: int, shape: tuple[int, ...]) -> Tensor:
-            if flat.dim() == 1:  # one call a tensor: views are much of what it costs to load an adapter
-                return flat.as_strided(shape, _strides(shape), flat.storage_offset() + at)
-            n = math.prod(shape)
-            own, wide = flat[..., at : at + n], shape if len(shape) > 1 else (1, *shape)
+            own, wide = (
+                flat[..., at : at + math.prod(shape)],
+                shape if len(shape) > 1 or flat.dim() == 1 else (1, *shape),
+            )
             return own.unflatten(-1, wide[::-1]).mT if _tall(shape) else own.unflatten(-1, wide)
 
         found = {key: {k: part(*p) for k, p in own.items()} for key, own in self.pieces.items()}
@@ -58,8 +59,11 @@ class Folded:
 
     cut: Cut
     flat: Tensor
-    at: Mapping[str, Weights]
-    """place key -> what its edit is given: views of `flat`."""
+
+    @functools.cached_property
+    def at(self) -> Mapping[str, Weights]:
+        """place key -> what its edit is given: views of `flat`, made when somebody asks: a stack never does."""
+        return self.cut.views(self.flat)
 
     def loose(self) -> dict[str, Tensor]:
         """Its tensors by the names that `Host.tensors` gives."""
@@ -89,7 +93,7 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
     shared = {k: t for k, t in first.items() if len(places) > 1 and all(tensors[p.key].get(k) is t for p in places)}
     edits: dict[str, Edit] = {}
     pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {SHARED: {}}
-    parts: list[tuple[str, str, Tensor]] = []
+    parts: list[Tensor] = []
     at = 0
     for place in places:
         edits[place.key], made = edit.folded(tensors[place.key], place)
@@ -98,28 +102,19 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
             home = pieces[SHARED if shared.get(k) is t else place.key]
             if k not in home:
                 home[k] = at, tuple(t.shape)
-                parts.append((place.key, k, t))
+                parts.append((t.mT if _tall(t.shape) else t).reshape(-1))
                 at += t.numel()
     wirings = {p.key: p.wiring for p in places}
     alike = tuple((p.key, p.wiring, edits[p.key], tuple(pieces[p.key].items())) for p in places)
     stacks = not pieces[SHARED] and all(edits[p.key].stacks(p) for p in places)
     cut = Cut(edits, wirings, pieces, at, alike, stacks)
-    flat = torch.empty(at, dtype=dtype, device=parts[0][2].device)
-    views = cut.views(flat)
-    for key, k, t in parts:
-        views[key][k].copy_(t)
-    return Folded(cut, flat, views)
+    return Folded(cut, torch.cat(parts).to(dtype))
 
 
 def _tall(shape: tuple[int, ...]) -> bool:
     """Whether a tensor stands transposed in its vector: batched products with few inner features are five times faster
     when the long side is the contiguous one."""
     return len(shape) == 2 and shape[0] > shape[1]
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor in its vector."""
-    return (1, shape[0]) if _tall(shape) else tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 @dataclass(eq=False)
