@@ -18,7 +18,8 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .4rem;
      border-top: 2px solid var(--ink); } h3 { font-size: 1.02rem; margin: 1.6rem 0 .3rem; }
 p { max-width: 46rem; } .about, figcaption, .small { color: var(--soft); font-size: .9rem; }
-nav a { margin-right: 1rem; color: var(--accent); text-decoration: none; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+nav a { color: var(--accent); text-decoration: none; white-space: nowrap; }
 figure { margin: 1.4rem 0 2rem; } figure img { max-width: 100%; height: auto; display: block; }
 figure h3 { margin-bottom: .2rem; } figcaption { max-width: 46rem; margin-bottom: .5rem; }
 .scroll { overflow-x: auto; }
