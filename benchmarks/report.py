@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, machine
 
 MARK = "<!-- measured -->"
 
@@ -15,8 +15,20 @@ def write(path: Path = RESULTS) -> None:
     results = json.loads(path.read_text())
     page = path.with_suffix(".md")
     text = page.read_text().split(MARK)[0] if page.exists() else "# Benchmarks\n\n"
-    page.write_text(f"{text}{MARK}\n\n![times faster]({page.stem}.png)\n\n{table(results)}\n")
-    plot(results, path.with_suffix(".png"))
+    machines = by_processor(results)
+    tables = "\n\n".join(f"### {name}\n\n{table(own)}" for name, own in machines.items())
+    last = list(machines)[0]
+    page.write_text(f"{text}{MARK}\n\n![times faster, {last}]({page.stem}.png)\n\n{tables}\n")
+    plot(machines[last], path.with_suffix(".png"), last)
+
+
+def by_processor(results: list[dict]) -> dict[str, list[dict]]:
+    """Results apart by processor, this machine's first: ratios of different machines are not to be mixed."""
+    found: dict[str, list[dict]] = {}
+    here = machine()["processor"]
+    for r in sorted(results, key=lambda r: r["machine"]["processor"] != here):
+        found.setdefault(r["machine"]["processor"], []).append(r)
+    return {name: sorted(own, key=lambda r: r["workload"]) for name, own in found.items()}
 
 
 def table(results: list[dict]) -> str:
@@ -42,7 +54,7 @@ def table(results: list[dict]) -> str:
     return "\n".join([*lines, "", f"Measured {when} on:", "", about, "", "Commands:", "", commands])
 
 
-def plot(results: list[dict], file: Path) -> None:
+def plot(results: list[dict], file: Path, title: str) -> None:
     """How many times faster, as bars with the range over rounds."""
     import matplotlib
 
@@ -59,6 +71,7 @@ def plot(results: list[dict], file: Path) -> None:
     for y, ratio in enumerate(ratios):
         axis.text(shown[y]["high"] + 0.15, y, f"{ratio:.2f}×", va="center", fontsize=8)
     axis.invert_yaxis()
+    axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel("times faster than the peer (bars: median of rounds; whiskers: range)")
     axis.tick_params(axis="y", labelsize=8)
     for side in ("top", "right"):
