@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -327,11 +328,8 @@ def test_run_folder(tmp_path):
     from inlay.train.settings import TrainSettings, read_recipe
 
     assert read_recipe(tmp_path / "settings.yaml", TrainSettings) == s
-    environment = json.loads((tmp_path / "environment.json").read_text())["sessions"]
-    assert (
-        environment[0]["packages"]["torch"] == torch.__version__
-        and environment[0]["threads"] == torch.get_num_threads()
-    )
+    environment = json.loads((tmp_path / "environment.json").read_text())["sessions"][0]
+    assert environment["packages"]["torch"] == version("torch") and environment["threads"] == torch.get_num_threads()
     data = json.loads((tmp_path / "data.json").read_text())
     assert data["task"] == "counting" and data["train"]["examples"] == 8 and data["validation"]["examples"] == 3
     assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
