@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class Site(nn.Module):
         self._given: Tensor | None = None
         self.spoken = False
         """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
+        self._sole: WornHere | None = None
         self._found: tuple[tuple[route.Step, ...] | None, tuple[list[WornHere], list[WornHere]]] = None, ([], [])
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
@@ -137,6 +138,8 @@ class Site(nn.Module):
             return self._find(steps)
         if self._found[0] is not steps:
             self._found = steps, self._find(steps)
+            before, after = self._found[1]
+            self._sole = after[0] if not before and len(after) == 1 and _serves_all(after[0], self.spot) else None
         return self._found[1]
 
     def _find(self, steps: tuple[route.Step, ...]) -> tuple[list[WornHere], list[WornHere]]:
@@ -217,6 +220,12 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
+        now = self._host[0].now
+        if self._sole is not None and self._found[0] is now.steps and args and not self.spoken:
+            # Decoding under many adapters is mostly this, at every place: as few calls as it takes.
+            x, (step, edit, place, w) = args[0], self._sole
+            if _plain(out, x, now) and not torch.compiler.is_compiling():
+                return edit.after(w, x, out, now.call(step, place))  # type: ignore[arg-type]
         if self.spoken or not (worn := self._worn(self._host[0].now.steps)[1]):
             self._given, self.spoken = None, False
             return None
@@ -230,6 +239,20 @@ class Site(nn.Module):
             return None
         new = part.put(whole, new) if part else new
         return (new, *out[1:]) if isinstance(out, tuple) else new
+
+
+def _serves_all(worn: WornHere, spot: Spot) -> bool:
+    """Whether folded tensors serve every row of every step of a whole layer alike."""
+    step, edit, _, w = worn
+    whole = step.rows is None and w is not None and not edit.positional and type(edit).idle is Edit.idle
+    return whole and spot.part is None and spot.role not in ("embed", "head")
+
+
+def _plain(out: Any, x: Tensor, now: route.Route) -> bool:
+    """Whether a layer's output (B, T, D) is in the type of folded adapters, its rows told apart as they are."""
+    if not isinstance(out, Tensor) or out.dim() != 3 or out.dtype != x.dtype or out.dtype.itemsize < 4:
+        return False
+    return now.layout is None and out.shape[0] == now.batch
 
 
 WornHere = tuple[route.Step, Edit, Place, Weights | None]
