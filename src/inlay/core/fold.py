@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -164,6 +164,3 @@ class Stacks:
                 self._views[key] = len(own), own[0].cut.views(flat[: len(own)])
             found[key] = self._views[key][1]
         return found
-
-
-Fold = Callable[[str], Folded]

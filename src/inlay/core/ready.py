@@ -63,7 +63,9 @@ class Ready:
             self.room = plan_room(self.whole, host.edits, host.device)
         self._stacked: Route | None = None
         self._of: list[Folded] | None = None
-        if not torch.is_grad_enabled():
+        # A compiled graph can only find stacks, not make them. Else they are made by the first forward that wants them:
+        # packed forwards, and the plan that a with-block returns to, may never do.
+        if host.strategy == "stack" and not torch.is_grad_enabled():
             self._stack(host)
 
     def route(self, host: Host, training: bool) -> Route:
