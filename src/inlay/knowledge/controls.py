@@ -29,7 +29,7 @@ CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", UNKNOWN)
 def control_subset(
     name: str, d: Any, Z: Any = None, keep: float = 0.8, ids: Sequence[Any] | None = None, keep_per_relation: int = 0,
     relations: Sequence[Any] | None = None, *, losses: Any = None, categories: Sequence[str] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Selection:  # fmt: skip
     """As many items as `select_subset` would keep. Like it, the result does not depend on the order of the input.
 

@@ -48,7 +48,7 @@ class Condition:
     """`plain`, `filter` or `weights`."""
     remedy: bool = False
     subset: str = ""
-    """For a filter: a reading of it, `random`, or the measure of which the lowest are kept."""
+    """For a filter: a reading of it, or a control (`inlay.knowledge.controls`)."""
     know: tuple[tuple[str, Any], ...] = ()
     """For weights: fields of `KnowSettings`."""
 
@@ -56,20 +56,20 @@ class Condition:
         """Mask (N,) of what is trained.
 
         Args:
-            measured: `tsd`, `features` and `loss` (of the base) of the items.
+            measured: `tsd` and `features` of the items; `loss` (of the base), where the condition ranks by it.
         """
-        n = len(measured["tsd"])
+        from inlay.knowledge.controls import control_subset
+        from inlay.knowledge.settings import FILTER_CONTROLS
+
+        d = measured["tsd"]
         if not self.subset:
-            return np.ones(n, bool)
-        k = max(1, round(share * n))
-        draw = np.random.default_rng([seed, 30])
-        if self.subset in ("features", "distances", "band"):
-            chosen = select_subset(measured["tsd"], measured["features"], share, 1.0, self.subset).kept  # type: ignore[arg-type]
+            return np.ones(len(d), bool)
+        if self.subset in FILTER_CONTROLS:
+            made = control_subset(self.subset, d, keep=share, losses=measured.get("loss"), seed=(seed, 30))
         else:
-            key = draw.random(n) if self.subset == "random" else measured[self.subset]
-            chosen = np.argsort(key, kind="stable")[:k]
-        mask = np.zeros(n, bool)
-        mask[chosen] = True
+            made = select_subset(d, measured["features"], share, 1.0, self.subset)  # type: ignore[arg-type]
+        mask = np.zeros(len(d), bool)
+        mask[made.kept] = True
         return mask
 
     def settings(self) -> KnowSettings | None:
@@ -103,8 +103,8 @@ CONDITIONS: dict[str, Condition] = {
         Condition("filter A: near and spread features", "filter", True, "features"),
         Condition("filter B: near and spread distances", "filter", True, "distances"),
         Condition("filter C: middle band", "filter", True, "band"),
-        Condition("lowest distance", "filter", subset="tsd"),
-        Condition("lowest loss", "filter", subset="loss"),
+        Condition("lowest distance", "filter", subset="lowest-distance"),
+        Condition("lowest loss", "filter", subset="loss-ranked"),
     )
 }
 """Remedies and controls by name. SLiCK's Unknown is none: every edit of the toy world is Unknown to its base."""

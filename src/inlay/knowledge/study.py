@@ -192,7 +192,7 @@ class Lab:
         items, table, exam, kept = self.measured(job.family, job.regime, job.seed)
         how, host, tokenizer = condition(job.condition), *self.host(job.family)[:2]
         measured = {"tsd": table["tsd"], "features": table["features"]}
-        if how.subset == "loss":
+        if how.subset == "loss-ranked":
             measured["loss"] = self._base_losses(job, items)
         mask = how.keep(measured, job.more["keep"], job.seed)
         chosen = [i for i, yes in zip(items, mask, strict=True) if yes]
