@@ -155,7 +155,9 @@ def _floats(values: Any) -> np.ndarray:
 # ---- as text ---------------------------------------------------------------------------------------------------------
 def markdown(found: Mapping[str, Any]) -> str:
     """The findings as Markdown tables: plain runs, deviation and shape, controls, interference."""
-    plain = found["plain"]
+    plain = sorted(
+        found["plain"], key=lambda p: (p["regime"] != "edits", p["regime"], p["method"])
+    )  # families together
     parts = [
         _table(
             [
