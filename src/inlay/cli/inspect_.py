@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _foreign(folder: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _bytes(tensors: dict[str, Any]) -> int:
+def _bytes(tensors: Mapping[str, Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 

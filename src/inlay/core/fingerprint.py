@@ -6,6 +6,7 @@ bfloat16 base is at home on the same base in float32. Quantised layers are left 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -36,17 +37,22 @@ def readable(weight: Any) -> TypeGuard[Tensor]:
 def fingerprint(host: Host) -> dict[str, Any]:
     """{"shape": config values, "values": {place: 12 sampled weights}}."""
     config = host.model.config
-    shape = {k: getattr(config, k) for k in SHAPE if getattr(config, k, None) is not None}
-    values = {}
-    by_key = {s.key: s for s in host.anatomy.spots if s.part is None}
-    for key in SAMPLED:
-        spot = by_key.get(key.replace("last", str(host.anatomy.layers - 1)))
-        weight = getattr(host.model.get_submodule(spot.path), "weight", None) if spot else None
-        if readable(weight) and not weight.is_meta:
-            flat = weight.detach().flatten()
-            picks = torch.linspace(0, len(flat) - 1, 12, device=flat.device).long()
-            values[key] = [float(f"{v:.6g}") for v in flat[picks].float().tolist()]
-    return {"shape": shape, "values": values}
+    shape = {k: v for k in SHAPE if (v := getattr(config, k, None)) is not None}
+    keys = {key: key.replace("last", str(host.anatomy.layers - 1)) for key in SAMPLED}
+    paths = {s.key: s.path for s in host.anatomy.spots if s.part is None and s.key in keys.values()}
+    layers = {key: host.model.get_submodule(paths[own]) for key, own in keys.items() if own in paths}
+    weights = {key: getattr(layer, "weight", None) for key, layer in layers.items()}
+    return {"shape": shape, "values": {key: _sample(w) for key, w in weights.items() if readable(w) and not w.is_meta}}
+
+
+@functools.lru_cache(maxsize=64)
+def _picks(numbers: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, numbers - 1, 12, device=device).long()
+
+
+def _sample(weight: Tensor) -> list[float]:
+    picked = weight.detach().take(_picks(weight.numel(), weight.device))
+    return [float(f"{v:.6g}") for v in picked.float().tolist()]
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -36,17 +37,16 @@ class Cut:
     """Equal for adapters that are cut alike."""
     stacks: bool
     """Whether every place's formula takes a stack of tensors."""
+    lengths: tuple[int, ...]
+    """Of the pieces, in their order in the vector."""
 
     def views(self, flat: Tensor) -> dict[str, Weights]:
         """place key -> tensors, as parts of one vector (size,), or of rows (n, size): matrices (n, p, q), vectors
         (n, 1, p)."""
 
         def part(at: int, shape: tuple[int, ...]) -> Tensor:
-            own, wide = (
-                flat[..., at : at + math.prod(shape)],
-                shape if len(shape) > 1 or flat.dim() == 1 else (1, *shape),
-            )
-            return own.unflatten(-1, wide[::-1]).mT if _tall(shape) else own.unflatten(-1, wide)
+            wide = shape if len(shape) > 1 or flat.dim() == 1 else (1, *shape)
+            return _shaped(flat[..., at : at + math.prod(shape)], wide)
 
         found = {key: {k: part(*p) for k, p in own.items()} for key, own in self.pieces.items()}
         shared = found.pop(SHARED, {})
@@ -89,29 +89,51 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
     # In the vector's type before anything is computed: on a float64 base, cosines of float32 angles are float64 too.
     wide = {id(t): t.to(dtype) if t.is_floating_point() else t for w in tensors.values() for t in w.values()}
     tensors = {key: {k: wide[id(t)] for k, t in w.items()} for key, w in tensors.items()}
-    first = tensors[places[0].key]
-    shared = {k: t for k, t in first.items() if len(places) > 1 and all(tensors[p.key].get(k) is t for p in places)}
-    edits: dict[str, Edit] = {}
-    pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {SHARED: {}}
-    parts: list[Tensor] = []
-    at = 0
-    for place in places:
-        edits[place.key], made = edit.folded(tensors[place.key], place)
-        pieces[place.key] = {}
-        for k, t in made.items():
-            home = pieces[SHARED if shared.get(k) is t else place.key]
-            if k not in home:
-                home[k] = at, tuple(t.shape)
-                parts.append((t.mT if _tall(t.shape) else t).reshape(-1))
-                at += t.numel()
-    wirings = {p.key: p.wiring for p in places}
-    alike = tuple((p.key, p.wiring, edits[p.key], tuple(pieces[p.key].items())) for p in places)
-    stacks = not pieces[SHARED] and all(edits[p.key].stacks(p) for p in places)
-    cut = Cut(edits, wirings, pieces, at, alike, stacks)
-    return Folded(cut, torch.cat(parts).to(dtype))
+    made = [(p, *edit.folded(tensors[p.key], p)) for p in places]
+    first = made[0][2]
+    shared = {k: t for k, t in first.items() if len(made) > 1 and all(w.get(k) is t for _, _, w in made)}
+    cut = _cut(made, shared)
+    flat = torch.empty(cut.size, dtype=dtype, device=next(t.device for _, _, w in made for t in w.values()))
+    laid = [*shared.values(), *(t for _, _, w in made for k, t in w.items() if k not in shared)]
+    for piece, t in zip(flat.split(cut.lengths), laid, strict=True):
+        _shaped(piece, t.shape).copy_(t)
+    return Folded(cut, flat)
 
 
-def _tall(shape: tuple[int, ...]) -> bool:
+_CUTS: WeakValueDictionary[Hashable, Cut] = WeakValueDictionary()
+"""A thousand adapters of one kind share one cut, and only the first of them makes it."""
+
+
+def _cut(made: Sequence[tuple[Place, Edit, Weights]], shared: Weights) -> Cut:
+    """How folded tensors lie: what all places share first, then place by place."""
+    shapes = [(SHARED, shared), *((p.key, w) for p, _, w in made)]
+    alike = (
+        tuple((p.key, p.wiring, e, e.stacks(p)) for p, e, _ in made),
+        tuple(
+            (key, tuple((k, t.shape) for k, t in w.items() if key == SHARED or k not in shared)) for key, w in shapes
+        ),
+    )
+    if (known := _CUTS.get(alike)) is not None:
+        return known
+    pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
+    lengths: list[int] = []
+    for key, own in alike[1]:
+        pieces[key] = {}
+        for k, shape in own:
+            pieces[key][k] = sum(lengths), tuple(shape)
+            lengths.append(shape.numel())
+    stacks = not shared and all(e.stacks(p) for p, e, _ in made)
+    edits, wirings = {p.key: e for p, e, _ in made}, {p.key: p.wiring for p, _, _ in made}
+    cut = _CUTS[alike] = Cut(edits, wirings, pieces, sum(lengths), alike, stacks, tuple(lengths))
+    return cut
+
+
+def _shaped(piece: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A piece of a vector (..., p q) as a tensor (..., p, q)."""
+    return piece.view(*piece.shape[:-1], *shape[::-1]).mT if tall(shape) else piece.view(*piece.shape[:-1], *shape)
+
+
+def tall(shape: tuple[int, ...]) -> bool:
     """Whether a tensor stands transposed in its vector: batched products with few inner features are five times faster
     when the long side is the contiguous one."""
     return len(shape) == 2 and shape[0] > shape[1]
@@ -128,15 +150,21 @@ class Stack:
     """The same rows where they are neighbours."""
     at: Mapping[str, Weights]
     """place key -> stacked tensors."""
+    each: int = 1
+    """Neighbouring rows that share an adapter."""
+
+    def shared(self, t: Tensor) -> Tensor:
+        """(n, T, ...) of the rows -> (n / each, each T, ...) of the adapters."""
+        return t.contiguous().view(-1, self.each * t.shape[1], *t.shape[2:])
 
 
 @dataclass(eq=False)
 class Stacks:
-    """The matrices behind stacks, kept from one plan to the next: a new plan writes only the rows that changed."""
+    """The matrices behind stacks, kept while there is room: a new plan writes only the rows that changed."""
 
     room: int
     """Bytes that they may take."""
-    _held: dict[Hashable, tuple[Tensor, list[Folded | None]]] = field(default_factory=dict)
+    _held: dict[Hashable, tuple[Tensor, list[Callable[[], Folded | None]]]] = field(default_factory=dict)
     _views: dict[Hashable, tuple[int, dict[str, Weights]]] = field(default_factory=dict)
 
     def fits(self, wanted: Mapping[Hashable, list[Folded]]) -> bool:
@@ -146,21 +174,33 @@ class Stacks:
     def fill(self, wanted: Mapping[Hashable, list[Folded]]) -> dict[Hashable, dict[str, Weights]]:
         """The same, stacked: key -> place key -> tensors. What an earlier call gave may be overwritten."""
         found = {}
-        for old in [k for k in self._held if k not in wanted]:
-            del self._held[old], self._views[old]
+        self._make_room(wanted)
         for key, own in wanted.items():
-            flat, stood = self._held.get(key, (None, []))
+            flat, stood = self._held.pop(key, (None, []))
             if flat is None or len(own) > len(flat):
                 # Under inference_mode(False): a plan made while evaluating may serve outside of it.
                 with torch.inference_mode(False):
-                    flat, stood = own[0].flat.new_empty(len(own), own[0].cut.size), [None] * len(own)
-                self._held[key] = flat, stood
+                    flat, stood = own[0].flat.new_empty(len(own), own[0].cut.size), [_nobody] * len(own)
                 self._views.pop(key, None)
+            self._held[key] = flat, stood  # at the end: the most recently used
             for i, one in enumerate(own):
-                if stood[i] is not one:
+                if stood[i]() is not one:
                     flat[i].copy_(one.flat)
-                    stood[i] = one
+                    stood[i] = ref(one)  # an adapter may leave while its copy stands here
             if self._views.get(key, (0,))[0] != len(own):
                 self._views[key] = len(own), own[0].cut.views(flat[: len(own)])
             found[key] = self._views[key][1]
         return found
+
+    def _make_room(self, wanted: Mapping[Hashable, list[Folded]]) -> None:
+        """Let go of the least recently used, so that these fit beside what stays."""
+        sizes = {key: flat.nbytes for key, (flat, _) in self._held.items()}
+        sizes |= {key: max(len(own) * own[0].bytes, sizes.get(key, 0)) for key, own in wanted.items()}
+        for old in [k for k in self._held if k not in wanted]:
+            if sum(sizes.values()) <= self.room:
+                break
+            del self._held[old], self._views[old], sizes[old]
+
+
+def _nobody() -> None:
+    """In the place of a reference to the adapter that stands in a row: none does yet."""

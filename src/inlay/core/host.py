@@ -62,7 +62,10 @@ class Host:
         self.stacks = Stacks(STACK_BYTES)
         self.folds = Folds()
         self._steady = 0
-        self._order: dict[str, int] | None = None
+        self.order: dict[str, Any] = {}
+        """Adapter -> its turn on a row that wears several: hung ones as they came, then shelved ones by name, since
+        shelves fill and empty as requests come."""
+        self._came = 0
         self.now = Route()
         self.plan: tuple[Worn, ...] = ((),)
         self.side: dict[str, Tensor] = {}
@@ -86,13 +89,6 @@ class Host:
     def dtype(self) -> torch.dtype:
         """The base's floating-point type."""
         return getattr(self.model, "dtype", torch.float32)
-
-    @property
-    def order(self) -> Mapping[str, int]:
-        """Adapter -> its turn on a row that wears several."""
-        if self._order is None:
-            self._order = {n: i for i, n in enumerate(self.edits)}
-        return self._order
 
     # ---- hanging adapters --------------------------------------------------------------------------------------------
     def add(
@@ -150,12 +146,14 @@ class Host:
             raise InlayError(f"this model already wears {name!r}; remove() it first, or choose another name ({some})")
 
     def _enter(self, name: str, edit: Edit) -> None:
+        self._came += 1
         self.edits[name] = edit
-        self._order = self._ready = None
+        self.order[name] = (1, name) if name in self.shelf else (0, self._came)
+        self._ready = None
 
     def _leave(self, name: str) -> None:
-        del self.edits[name]
-        self._order = self._ready = None
+        del self.edits[name], self.order[name]
+        self._ready = None
 
     def _spots(self, edit: Edit, at: str | Iterable[str] | None) -> dict[str, tuple[Spot, str]]:
         spots = locate(self.model, self.anatomy, edit.at if at is None else at)
@@ -223,10 +221,6 @@ class Host:
         self._free(name)
         self.shelf.place(name, edit, at if at is None or isinstance(at, str) else tuple(at), tensors, check)
         self._enter(name, edit)
-        # Shelves fill and empty as requests come: whoever is worn together takes turns by name, not by arrival.
-        known = sorted(self.edits.items(), key=lambda item: item[0] if item[0] in self.shelf else "")
-        self.edits.clear()
-        self.edits.update(known)
         return self
 
     def remove(self, name: str) -> Host:
@@ -387,7 +381,7 @@ class Host:
     def fill(self, name: str, values: Mapping[str, Tensor]) -> Host:
         """Set an adapter's tensors; one missing, left over or of another shape is an error and changes nothing."""
         mine = self.tensors(name)
-        same_shapes(name, {k: t.shape for k, t in mine.items()}, values)
+        same_shapes(name, {k: t.shape for k, t in mine.items()}, {k: t.shape for k, t in values.items()})
         for k, p in mine.items():
             p.copy_(values[k])
         return self

@@ -16,7 +16,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
 from inlay.core.files import replace_file, sha256, write_text
 from inlay.core.fingerprint import differences, fingerprint
+from inlay.core.held import Held, read_bytes
 from inlay.core.host import Host
 
 FORMAT, VERSION = "inlay-adapter", 1
@@ -116,7 +116,7 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({k: record[k] for k in MEANING}, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(folder: str | Path) -> tuple[dict[str, Any], Held]:
     """(the JSON, the tensors) of an adapter folder, both checked against their digests."""
     folder = Path(folder)
     file = folder / "adapter.json"
@@ -142,11 +142,11 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise InlayError(
             f"{file} names the tensors {record['tensors']['file']!r}, which are not beside it; restore them from a copy"
         )
-    content = path.read_bytes()
+    content = read_bytes(path)
     if hashlib.sha256(content).hexdigest() != expected:
         raise InlayError(f"{path} is damaged: its SHA-256 is not the one in adapter.json. Restore it from a copy")
     try:
-        return record, safetensors.torch.load(content)
+        return record, Held.of(content)
     except SafetensorError as e:
         raise InlayError(f"{path} cannot be read: {e}") from e
 
@@ -189,7 +189,7 @@ def shelve(
     return name
 
 
-def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], Held]:
     record, tensors = read(folder)
     told = differences(record["base"], fingerprint(host))
     if told and not (allow_other_base and all("weights" in t for t in told)):
