@@ -233,3 +233,22 @@ def test_adalora_cannot_train_towards_more_than_its_rank():
     host.add("x", inlay.method("adalora").make(rank=4, target=8))
     with pytest.raises(inlay.InlayError, match="target 8 must lie between 1 and its rank 4"):
         host.edits["x"].after_step(host.by_place("x"), 1, 10, {})
+
+
+@pytest.mark.parametrize("method", ["prefix", "ia3", "series"])
+def test_a_forward_that_fails_leaves_nothing_to_the_next(method):
+    host = inlay.attach(base("llama"))
+    host.add("x", small(method), at={"ia3": "block:input"}.get(method), seed=0)
+    host.add("y", small("parallel"), at="block", seed=1)
+    excite(host)
+    want = {name: logits(host, name, **batch()) for name in ("y", None, "x")}
+
+    def fail(*args):
+        raise MemoryError("no room")
+
+    hook = host.model.get_submodule("model.layers.0.mlp").register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        logits(host, "x", **batch(seed=9))
+    hook.remove()
+    for name, said in want.items():
+        assert torch.equal(logits(host, name, **batch()), said)

@@ -99,9 +99,14 @@ class Forward:
         if self.decoder_only and model is self.host.model:
             return None
         self._depth -= 1
-        if self._depth or not self._wide or out is None:
+        if self._depth:
             return None
         wide, self._wide = self._wide, 0
+        if out is None:  # it failed on its way: nothing of it may reach the next one
+            for site in self.host.sites.values():
+                site.recover()
+        if not wide or out is None:
+            return None
         if (cache := getattr(out, "past_key_values", None)) is not None:
             cache._inlay_wide = wide
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)

@@ -111,6 +111,10 @@ class Site(nn.Module):
         self.places[name] = replace(self.place, wiring=wiring)
         self.wear[name] = Wear(tensors)
 
+    def recover(self) -> None:
+        """Forget a forward that failed between this layer's input and its output."""
+        self._given, self.spoken = None, False
+
     def wired(self, wiring: str) -> Place:
         """The place as an adapter with this wiring sees it."""
         return self.place if wiring == self.place.wiring else replace(self.place, wiring=wiring)

@@ -43,8 +43,12 @@ class Running:
         self.fed: list[Row] = []
         """Rows of the last forward, also if it failed."""
         self.begin: Begin = self._begin
+        self.torn = False
+        """Whether the last step failed after its forward, so that some of its rows may have got their token."""
         self._planned = False
         self._began = False
+        self._where: dict[Row, int] = {}
+        self._length: list[int] = []
 
     @property
     def busy(self) -> bool:
@@ -59,30 +63,57 @@ class Running:
             yield
 
     def step(self) -> list[Row]:
-        """One forward; the rows that have got a token by it. Those that are `done` have left their slots."""
+        """One forward; the rows that have got a token by it. Those that are `done` have left their slots.
+
+        If it raises, `again` feeds parts of `fed`, all of which stay where they are: in their slots, or in none yet.
+        """
         if free := self._free():
-            self.fed = [self.waiting.popleft() for _ in free]
-            logits = self.begin(free, self.fed)
-            for s, row in zip(free, self.fed, strict=True):
-                self.live += [None] * (s + 1 - len(self.live))
-                self.live[s] = row
-            where, self._planned = free, False
+            self.fed, where = [self.waiting.popleft() for _ in free], free
         else:
             self._close_up()
             self.fed, where = [row for row in self.live if row is not None], list(range(len(self.live)))
+        self._began, self._length, self._where = (
+            bool(free),
+            list(self.cache.length),
+            dict(zip(self.fed, where, strict=True)),
+        )
+        self.torn = False
+        if free:
+            logits, self._planned = self.begin(free, self.fed), False
+        else:
             if not self._planned:
                 self.host.use(*one_plan([row.worn for row in self.fed]))
                 self._planned = True
             last = torch.tensor([row.tokens[-1] for row in self.fed])
             logits = self.cache.step(last.to(self.host.device, non_blocking=True))
-        self._began = bool(free)
-        tokens = choose(logits, self.fed).tolist()
-        score(logits, self.fed, tokens)
-        for s, row, token in zip(where, self.fed, tokens, strict=True):
+        return self._hear(logits, self.fed)
+
+    def again(self, rows: Sequence[Row]) -> list[Row]:
+        """Some rows of a step that failed in its forward (or it would be `torn`), by themselves."""
+        self.torn = False
+        where = [self._where[row] for row in rows]
+        for s in where:
+            self.cache.length[s] = self._length[s]
+        self._planned = False
+        if self._began:
+            return self._hear(self.begin(where, rows), rows)
+        self.host.use(*one_plan([row.worn for row in rows]))
+        return self._hear(self.cache.go_on(where, [row.tokens[-1:] for row in rows]), rows)
+
+    def _hear(self, logits: Tensor, rows: Sequence[Row]) -> list[Row]:
+        """Give each row its next token."""
+        self.torn = True
+        tokens = choose(logits, rows).tolist()
+        score(logits, rows, tokens)
+        for row, token in zip(rows, tokens, strict=True):
+            s = self._where[row]
+            self.live += [None] * (s + 1 - len(self.live))
+            self.live[s] = row
             row.take(token, self.ends, self.tokenizer)
             if row.done:
                 self.live[s], self._planned = None, False
-        return self.fed
+        self.torn = False
+        return list(rows)
 
     def drop(self, row: Row) -> None:
         """Let go of a row, wherever it is."""

@@ -23,6 +23,7 @@ from inlay.evaluate.batches import context
 from inlay.evaluate.rows import Generation, Row, Scored
 from inlay.evaluate.running import Running
 from inlay.library.bank import Bank, Lease
+from inlay.serve.blame import apart
 from inlay.serve.errors import Refused
 
 T = TypeVar("T")
@@ -214,17 +215,16 @@ class Batcher:
             with self._running.active():
                 while self._running.busy and self._inbox.empty() and not self._running.cache.due:
                     self._step()
-        except Exception as e:  # of an adapter or of the machine (memory); rows that were not fed go on
+        except Exception as e:  # not of a forward; rows that were not fed go on
             log.exception("a step failed")
-            failed = [self._jobs[row] for row in self._running.fed if row in self._jobs]
-            self._end(failed, "failed", Refused(f"the model failed: {type(e).__name__}: {e}", 500, "model_failed"))
+            self._blame([(row, e) for row in self._running.fed if row in self._jobs])
 
     def _step(self) -> None:
         start = time.monotonic()
         self._expire(start)
         if not self._running.busy:
             return
-        fed = self._running.step()
+        fed = self._fed()
         now = time.monotonic()
         self.watch.step(len(fed), now - start)
         events = []
@@ -237,6 +237,23 @@ class Batcher:
             if result is not None:
                 self._forget(job, result.finished)
         self._tell(events)
+
+    def _fed(self) -> list[Row]:
+        """A step; rows that make it fail, by their adapter or by their size, end with an error and the others go on."""
+        try:
+            return self._running.step()
+        except Exception as e:
+            log.warning("a step of %d rows failed (%s); they are tried apart", len(self._running.fed), type(e).__name__)
+            fed, failed = apart(self._running, e)
+            for row, why in failed:
+                log.error("a row that wears %s failed", "+".join(row.worn) or "nothing", exc_info=why)
+            self._blame(failed)
+            return fed
+
+    def _blame(self, failed: Sequence[tuple[Row, Exception]]) -> None:
+        for row, e in failed:
+            said = Refused(f"the model failed: {type(e).__name__}: {e}", 500, "model_failed")
+            self._end([self._jobs[row]], "failed", said)
 
     def _join(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
