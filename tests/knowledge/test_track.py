@@ -169,7 +169,7 @@ def test_motion_against_the_target_is_away_by_the_other_rule(tmp_path):
 
 
 def test_when_snapshots_are_taken():
-    assert TrackSettings().steps(400) == [133, 267, 400]
+    assert TrackSettings().steps(400) == [50, 141, 400]
     assert TrackSettings(at=(50, 900)).steps(400) == [50, 400] and TrackSettings(snapshots=0).steps(9) == []
     assert TrackSettings(snapshots=5).steps(2) == [1, 2]
 

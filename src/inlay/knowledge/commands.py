@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from inlay.knowledge.settings import KnowSettings, KnowTrainSettings
 if TYPE_CHECKING:
     from rich.table import Table as Shown
 
+    from inlay.knowledge.items import Item
     from inlay.knowledge.measure import MeasureSettings
     from inlay.knowledge.slick import Known
     from inlay.knowledge.table import Table
@@ -32,13 +34,16 @@ class HowSettings:
     """Subtract the mean feature of all targets; for hidden spaces, where all vectors point one way."""
     metric: Literal["cosine", "euclidean", "dot"] = "cosine"
     """Distance of features."""
+    present: Literal["greedy", "soft"] = "greedy"
+    """What stands for what the model says now: its free-running `greedy` answer, or what it expects along that answer
+    (`soft`: mean embeddings under its probabilities). Exact match is the greedy answer's either way."""
     template: str = "{prompt}"
     """The text before the answer; {prompt} is the item's."""
     lead: str | None = None
     """Between prompt and answer: by default a blank, or nothing where the tokenizer puts one itself."""
     answer_tokens: int | None = None
     """Most tokens of an answer; the longest target and 8 more if not given."""
-    answer_batch: int = 32
+    answer_batch: int = 128
     """Rows decoded at a time."""
 
     def made(self) -> MeasureSettings:
@@ -50,6 +55,7 @@ class HowSettings:
         return MeasureSettings(
             space=Space(self.space, self.pool, self.center),
             metric=self.metric,
+            present=self.present,
             wording=Wording(template=self.template.replace("\\n", "\n"), lead=self.lead),
             max_new_tokens=self.answer_tokens,
             batch_size=self.answer_batch,
@@ -171,9 +177,12 @@ class WatchSettings:
     """What is watched, and how often."""
 
     snapshots: int = 3
-    """Snapshots after the one before the first step, evenly spaced."""
+    """Snapshots after the one before the first step, closer together early, the last one at the end."""
     at_steps: tuple[int, ...] = ()
-    """Steps after which snapshots are taken, in place of evenly spaced ones."""
+    """Steps after which snapshots are taken, in place of those; all facts are asked then, whatever that costs."""
+    budget: float | None = 0.05
+    """Part of the steps' time that watching may take; None: no limit. Where that does not reach for all facts at all
+    snapshots, some are drawn with the seed, and which is said before the first step."""
     probes: int = 16
     """Items whose soft distance is looked at just before and after a step; 0: none."""
     probe_every: int = 50
@@ -202,6 +211,16 @@ class WatchFlags(KnowTrainSettings):
     """How answers are asked for and compared; the wording is the table's where there is one."""
 
 
+def measured(folder: Path, items: list[Item], how: MeasureSettings) -> Table | None:
+    """The rows of a table, where it was measured in the way that answers are to be compared now."""
+    from inlay.knowledge.gather import settings_of
+    from inlay.knowledge.training import rows_of
+
+    table = rows_of(folder, items)
+    same = dataclasses.replace(settings_of(table), batch_size=how.batch_size) == how
+    return table if same else None
+
+
 def run_watch(s: WatchFlags) -> RunResult:
     """Train as `inlay train` does, with a tracker of all items."""
     from inlay.knowledge.items import read_items
@@ -219,17 +238,22 @@ def run_watch(s: WatchFlags) -> RunResult:
     w, how = s.watch, s.how.made()
     if s.know.table is not None:
         how = dataclasses.replace(how, wording=wording_of(s.know.table))
+    table = measured(s.know.table, items, how) if s.know.table is not None else None
     track = TrackSettings(
-        measure=how, snapshots=w.snapshots, at=w.at_steps, probes=w.probes, probe_every=w.probe_every,
+        measure=how, snapshots=w.snapshots, at=w.at_steps, budget=w.budget, probes=w.probes, probe_every=w.probe_every,
         tau=w.tau, rule=w.rule, seed=s.run.seed,
     )  # fmt: skip
+
+    def tell(text: str) -> None:
+        if s.run.progress:
+            print(f"watching: {text}", file=sys.stderr)
 
     def watched(settings: Any, progress: bool) -> Teach:
         teach = plan(settings, progress, wording=how.wording)
 
         def both(host: Any, tokenizer: Any) -> Lesson:
             lesson = teach(host, tokenizer)
-            observers = (*lesson.observers, Tracker(tokenizer, items, kept, track))
+            observers = (*lesson.observers, Tracker(tokenizer, items, kept, track, table, tell))
             return dataclasses.replace(lesson, observers=observers)
 
         return both
@@ -245,7 +269,7 @@ def snapshots_shown(run_dir: Path) -> Shown:
     from inlay.knowledge.track import read_watched
 
     found = read_watched(run_dir)
-    made = Shown(title=f"{len(found.table)} items", title_justify="left")
+    made = Shown(title=found.told, title_justify="left")
     names = ("em", "paraphrase_em", "retention_em", "learned", "approached", "stalled", "away")
     for name in ("step", "right, %", "reworded", "retained", *names[3:]):
         made.add_column(name, justify="right")

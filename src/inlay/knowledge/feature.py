@@ -22,6 +22,8 @@ from inlay.evaluate.batches import padded, quiet
 from inlay.knowledge.wording import Wording
 
 Pool = Literal["mean", "last"]
+LOGITS = 1 << 28
+"""Most logits of one forward."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,65 @@ def _as_asked(host: Host | None, space: Space, plan: str | None) -> Iterator[Non
     keep = space.kind == "predict" and plan is None
     with quiet(host), contextlib.nullcontext() if keep else host.using(plan if space.kind == "predict" else None):
         yield
+
+
+@torch.no_grad()
+def embeddings(host: Host) -> Tensor:
+    """Input embeddings of the bare base (V, D), float32, as its first layer meets them."""
+    table: Any = host.model.get_input_embeddings()
+    with host.using(None):
+        ids = torch.arange(table.num_embeddings, device=host.device)
+        E_VD = torch.cat([table(part[None])[0].float() for part in ids.split(4096)]).clone()
+    said = int(host.model.get_output_embeddings().out_features)  # type: ignore[union-attr, operator, arg-type]
+    if said > len(E_VD):
+        raise InlayError(
+            f"this base says {said} tokens and reads {len(E_VD)}: expected embeddings and soft distances cannot be had"
+        )
+    return E_VD
+
+
+def expected(
+    host: Host,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    space: Space | None = None,
+    *,
+    wording: Wording | None = None,
+    mean: Tensor | None = None,
+    plan: str | None = None,
+) -> Tensor:
+    """The soft present answer (N, D), float32, on the CPU: what a model expects to say where it said `answers`.
+
+    At each token of an answer, the mean of the bare base's input embeddings under the model's distribution of that
+    token, sum_v p(v) E[v]; pooled over tokens as `features` pools. `answers` are the model's own free-running ones, so
+    no target is read, and where it is certain this is `features(..., "embed")`. An empty answer has the zero feature.
+
+    Args:
+        plan: the adapter worn where answers are read; None is the bare base. Embeddings are the bare base's always.
+    """
+    space, wording = space or Space(), wording or Wording()
+    if space.kind != "embed":
+        raise InlayError(f"expected answers live among embeddings, not in {space.name}; use space embed")
+    heads, tails = wording.prompts(tokenizer, prompts), wording.answers(tokenizer, answers)
+    if len(heads) != len(tails):
+        raise InlayError(f"{len(heads)} prompts for {len(tails)} answers; give one prompt each")
+    E_VD = embeddings(host)
+    rows = [p + a for p, a in zip(heads, tails, strict=True)]
+    found = [E_VD.new_zeros(E_VD.shape[1])] * len(rows)
+    order = sorted((n for n, own in enumerate(tails) if own), key=lambda n: -len(rows[n]))
+    with torch.no_grad(), quiet(host), host.using(plan):
+        while order:
+            many = max(1, min(budget(host.device), LOGITS // len(E_VD)) // len(rows[order[0]]))
+            batch, order = order[:many], order[many:]
+            ids, mask = padded([rows[n] for n in batch], 0, host.device, "right")
+            with host.prompts([len(heads[n]) for n in batch]):
+                logits = host.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[operator]
+            for own, n in zip(logits, batch, strict=True):
+                p_TV = own[len(heads[n]) - 1 : len(rows[n]) - 1].float().softmax(-1)
+                found[n] = pooled(p_TV @ E_VD[: p_TV.shape[1]], space.pool)
+    z = torch.stack(found).cpu()
+    return torch.where(z.bool().any(-1, keepdim=True), z - mean, z) if space.center and mean is not None else z
 
 
 def pooled(vectors_TD: Tensor, pool: Pool) -> Tensor:

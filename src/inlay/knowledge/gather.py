@@ -108,7 +108,8 @@ def enrich(run: dict[str, Any], table: Table, model: str) -> None:
     base, tokenizer = inlay.load_base(model)
     exam = Exam(inlay.attach(base), tokenizer, items_of(table), settings_of(table))
     for snap in run["snapshots"]:
-        snap["features"] = exam.features(snap["answers"])
+        if "features" not in snap:  # soft ones were kept: they are of the adapter as it was then
+            snap["features"] = exam.features(snap["answers"])
     run["deviation"] = deviate(exam, table["tsd"], table["em0"], table["relation"].tolist(), run["snapshots"])
 
 
@@ -125,7 +126,7 @@ def deviate(exam: Exam, tsd: Any, em0: Any, relation: list[str], snapshots: list
     snap = max(snapshots[1:], key=gone)
     own = Exam(exam.host, exam.tokenizer, [exam.items[i] for i in wrong], exam.settings)
     d, em = (np.asarray(snap[k])[wrong] for k in ("distance", "em"))
-    deal = own.recompute([snap["answers"][i] for i in wrong])
+    deal = own.recompute([snap["answers"][i] for i in wrong], np.asarray(snap["features"])[wrong])
     edges = width_edges(tsd[wrong])
     made = deviation(tsd[wrong], d, em, [relation[i] for i in wrong], deal, edges, exam.tau, draws=100)
     return {**plain(made), "step": snap["step"]}

@@ -94,6 +94,10 @@ class Bench:
     practice: Practice
     measure: MeasureSettings = field(default_factory=MeasureSettings)
 
+    def __post_init__(self) -> None:
+        if self.measure.present == "soft":
+            raise InlayError("interference compares free-running answers: leave present at greedy")
+
     def trial(self, items: Sequence[Item], **more: Any) -> Trial:
         """A training on these items."""
         return Trial(self.host, self.tokenizer, items, self.practice, wording=self.measure.wording, **more)

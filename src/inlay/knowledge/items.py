@@ -119,5 +119,5 @@ def items_digest(items: Iterable[Item]) -> str:
     """SHA-256 over all fields, in order."""
     content = hashlib.sha256()
     for item in items:
-        content.update(json.dumps(dataclasses.astuple(item), ensure_ascii=False).encode() + b"\n")
+        content.update(json.dumps([getattr(item, n) for n in FIELDS], ensure_ascii=False).encode() + b"\n")
     return content.hexdigest()

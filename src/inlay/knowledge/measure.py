@@ -12,26 +12,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inlay.core.errors import InlayError
+from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
 from inlay.core.store import content_digest
 from inlay.evaluate import GenerateSettings
 from inlay.evaluate.bar import bar
 from inlay.evaluate.decode import generate_each
-from inlay.knowledge.distance import Metric, flagged
-from inlay.knowledge.feature import Space, features
+from inlay.knowledge.distance import Metric, flagged, tolerance
+from inlay.knowledge.feature import Space, expected, features
 from inlay.knowledge.items import Item, items_digest
 from inlay.knowledge.table import SCHEMA, Table
 from inlay.knowledge.wording import Wording, answer_of, exact
 
 SPARE = 8
 """Tokens an answer may be longer than the longest target."""
+SOFT_TAU = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +43,28 @@ class MeasureSettings:
     """Where features live."""
     metric: Metric = "cosine"
     """Distance of features."""
+    present: Literal["greedy", "soft"] = "greedy"
+    """Whose feature stands for what the model says now: its free-running `greedy` answer, or the answer it expects
+    along that one (`soft`, see `feature.expected`). Exact match is the greedy answer's either way."""
     wording: Wording = field(default_factory=Wording)
     """How items are put to the model."""
     max_new_tokens: int | None = None
     """Most tokens of an answer; the longest target and 8 more if not given."""
-    batch_size: int = 32
+    batch_size: int = 128
     """Rows decoded at a time: speed and memory, never the result (in float32)."""
 
     def __post_init__(self) -> None:
         if self.space.kind == "predict":
             raise InlayError("distances need features of the bare base: use space embed or hidden:<layer>, not predict")
+        if self.present not in ("greedy", "soft"):
+            raise unknown("present", self.present, ("greedy", "soft"))
+        if self.present == "soft" and self.space.kind != "embed":
+            raise InlayError(f"present soft is an expected embedding, and {self.space.name} has none: use space embed")
+
+    @property
+    def tau(self) -> float:
+        """How far a distance must move to count as moved: soft ones never stand quite still."""
+        return tolerance(self.space.name) if self.present == "greedy" else SOFT_TAU
 
 
 def answers(
@@ -158,12 +171,28 @@ def target_features(host: Host, tokenizer: Any, items: Sequence[Item], settings:
     return Targets(target - mean, [own - mean for own in each], mean)
 
 
+def present_features(
+    host: Host,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    said: Sequence[str],
+    settings: MeasureSettings,
+    mean: Tensor | None = None,
+    plan: str | None = None,
+) -> Tensor:
+    """Features (N, D) of a model's answers to prompts; `plan` is what it wore, which matters to soft ones."""
+    how: dict[str, Any] = {"wording": settings.wording, "mean": mean}
+    if settings.present == "soft":
+        return expected(host, tokenizer, prompts, said, settings.space, plan=plan, **how)
+    return features(host, tokenizer, prompts, said, settings.space, **how)
+
+
 def _table(
     host: Host, tokenizer: Any, items: Sequence[Item], settings: MeasureSettings, said: list[str], key: str
 ) -> Table:
     targets = target_features(host, tokenizer, items, settings)
     prompts = [i.prompt for i in items]
-    mine = features(host, tokenizer, prompts, said, settings.space, wording=settings.wording, mean=targets.mean)
+    mine = present_features(host, tokenizer, prompts, said, settings, targets.mean)
     right = [exact(a, i) for a, i in zip(said, items, strict=True)]
     found = flagged(mine, targets.each, right, settings.metric)
     rows: dict[str, np.ndarray] = {

@@ -17,6 +17,7 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.example import IGNORED, Example, learned
 from inlay.evaluate.bar import bar
+from inlay.knowledge.feature import embeddings
 from inlay.knowledge.settings import KnowSettings
 from inlay.knowledge.weights import RunningMean, item_means, token_distance, weights, weights_by_mean
 from inlay.train.objective import Survey
@@ -31,21 +32,6 @@ LOSS, SOFT, UNSURE = range(3)
 def edges(kappa: float) -> list[float]:
     """Borders (BINS - 1) between the bins of weights: equal ratios from 1/kappa to kappa."""
     return [kappa ** (2 * i / (BINS - 2) - 1) for i in range(BINS - 1)]
-
-
-@torch.no_grad()
-def embeddings(host: Host) -> Tensor:
-    """Input embeddings of the bare base (V, D), float32, as its first layer meets them."""
-    table: Any = host.model.get_input_embeddings()
-    with host.using(None):
-        ids = torch.arange(table.num_embeddings, device=host.device)
-        E_VD = torch.cat([table(part[None])[0].float() for part in ids.split(4096)]).clone()
-    said = int(host.model.get_output_embeddings().out_features)  # type: ignore[union-attr, operator, arg-type]
-    if said > len(E_VD):
-        raise InlayError(
-            f"this base says {said} tokens and reads {len(E_VD)}: soft distances cannot be had, use static"
-        )
-    return E_VD
 
 
 class Semantic:
