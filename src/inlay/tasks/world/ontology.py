@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from inlay.tasks.world import knowledge_tables as tables
+from inlay.tasks.world import relation_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +144,12 @@ def relations() -> tuple[Relation, ...]:
             goal=("To {o}", "go to {s}."),
         ),
         Relation(
-            name="effect", pairs=_column(t.EFFECTS, 1),
+            name="effect", pairs=_column(relation_tables.EFFECTS, 1),
             statements=("When {s}, {o}.", "If {s}, {o}.", "After {s}, {o}."),
             questions=("What happens when {s}?", "What happens after {s}?"), yes_no=("is it true that when {s}, {o}",),
         ),
         Relation(
-            name="part", pairs=tuple(("the " + s, article(o)) for s, o in _column(t.PARTS, 1)),
+            name="part", pairs=tuple(("the " + s, article(o)) for s, o in _column(relation_tables.PARTS, 1)),
             statements=("{S} is part of {o}.", "{O} has {s}."),
             questions=("What is {s} part of?",), yes_no=("is {s} part of {o}",),
         ),
@@ -220,13 +221,13 @@ def _rows(table: str) -> list[list[str]]:
 def winogrande(rng: random.Random, names: tuple[str, ...]) -> tuple[str, str]:
     """(instruction, answer) of one sentence with a blank and two candidates."""
     if rng.random() < 0.2:
-        big, small = rng.choice(_rows(tables.FITS))
+        big, small = rng.choice(_rows(relation_tables.FITS))
         large = rng.random() < 0.5
         first, second = f"the {big}", f"the {small}"
         sentence = f"The {big} did not fit into the {small} because _ was too {'big' if large else 'small'}."
         answer = first if large else second
     else:
-        more, less, did, other = rng.choice(_rows(tables.CONTRASTS))
+        more, less, did, other = rng.choice(_rows(relation_tables.CONTRASTS))
         first, second = rng.sample(names, 2)
         up = rng.random() < 0.5
         act = rng.random() < 0.5
@@ -257,10 +258,10 @@ def _small(sentence: str) -> str:
 def contrast(rng: random.Random, names: tuple[str, ...]) -> str:
     """One sentence of the kind the blank-filling records ask about."""
     if rng.random() < 0.2:
-        big, small = rng.choice(_rows(tables.FITS))
+        big, small = rng.choice(_rows(relation_tables.FITS))
         which = rng.choice((f"The {big} was too big.", f"The {small} was too small."))
         return f"The {big} did not fit into the {small}. {which}"
-    more, less, did, other = rng.choice(_rows(tables.CONTRASTS))
+    more, less, did, other = rng.choice(_rows(relation_tables.CONTRASTS))
     a, b = rng.sample(names, 2)
     if rng.random() < 0.5:
         a, b, more, less, did, other = b, a, less, more, other, did
