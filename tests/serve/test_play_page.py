@@ -26,7 +26,7 @@ from inlay.core.errors import InlayError  # noqa: E402
 from inlay.evaluate import GenerateSettings, generate  # noqa: E402
 from inlay.library.compose import compose  # noqa: E402
 from inlay.serve import play  # noqa: E402
-from inlay.serve.play_settings import PlaySettings  # noqa: E402
+from inlay.serve.settings import PlaySettings  # noqa: E402
 from tests.evaluate import tiny  # noqa: E402
 from tests.serve import tiny_server  # noqa: E402
 
@@ -118,6 +118,14 @@ def test_sliders_follow_the_choice_and_keep_their_weights():
 def test_many_adapters_are_searched_not_listed():
     assert type(play._chooser(["base"] + [f"n{i}" for i in range(100)], ["base"])).__name__ == "Dropdown"
     assert type(play._chooser(["base", "a"], ["base"])).__name__ == "CheckboxGroup"
+
+
+def test_the_list_is_that_of_the_bank_and_the_choice_stays():
+    playground = SimpleNamespace(names=lambda: ["base", "a", "new"])
+    renew = play._renewer(playground, "model")
+    head, choice = asyncio.run(renew(["base", "a"]))
+    assert "2 adapters" in head and choice["choices"] == ["base", "a", "new"] and "value" not in choice
+    assert asyncio.run(renew(["base", "gone"]))[1]["value"] == ["base"]
 
 
 @pytest.mark.parametrize(
@@ -298,3 +306,29 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page):
     boxes = [c.bounding_box() for c in page.locator(".card").all()]
     assert len({b["x"] for b in boxes}) == 1 and all(b["width"] > 280 for b in boxes)
     page.wait_for_function("document.querySelector('#answers').getBoundingClientRect().top < 740 / 2")
+
+
+def test_adapters_that_come_and_go_are_seen_by_a_button_and_by_loading_anew(page, root, reference):
+    def listed(*names):
+        page.wait_for_function(
+            "n => n == [...document.querySelectorAll('#who label')].map(l => l.innerText.trim()).join()",
+            arg=",".join(names),
+        )
+
+    old = ["base", "lora", "prefix", "prompt", "series"]
+    listed(*old)
+    new = root / "adapters" / "fresh"
+    shutil.copytree(root / "adapters" / "series", new)
+    try:
+        page.click("#renew")
+        listed("base", "fresh", *old[1:])
+        assert "5 adapters" in page.locator("#head").inner_text()
+        for name in old[1:]:
+            page.locator("#who").get_by_label(name, exact=True).uncheck()
+        page.locator("#who").get_by_label("fresh", exact=True).check()
+        got = ask(page, PROMPT)
+        assert got == {"base": want(reference, None), "fresh": want(reference, "series")}
+        page.reload()
+        listed("base", "fresh", *old[1:])
+    finally:
+        shutil.rmtree(new)

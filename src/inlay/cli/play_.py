@@ -8,7 +8,7 @@ from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
 
 if TYPE_CHECKING:
-    from inlay.serve.play_settings import PlaySettings
+    from inlay.serve.settings import PlaySettings
 
 
 def run(s: PlaySettings) -> None:
@@ -28,7 +28,7 @@ def run(s: PlaySettings) -> None:
 VERB = Verb(
     "play",
     "A web page where one prompt goes to several adapters at once: they answer side by side, in one batch.",
-    "inlay.serve.play_settings:PlaySettings",
+    "inlay.serve.settings:PlaySettings",
     run,
     (
         "inlay play tiny-llama --adapters runs/demo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -18,8 +19,8 @@ from inlay.library.bank import Bank
 from inlay.models.base import load_base
 from inlay.serve import play_cards as cards
 from inlay.serve.batcher import Batcher
-from inlay.serve.play_settings import PlaySettings
 from inlay.serve.playground import BASE, Playground, Question
+from inlay.serve.settings import PlaySettings
 from inlay.serve.text import Texts
 
 SLIDERS = 8
@@ -99,12 +100,13 @@ def make_page(playground: Playground, model: str) -> gr.Blocks:
     names = playground.names()
     chosen = names[: AT_FIRST + 1]
     with gr.Blocks(title="Inlay playground", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(cards.head(model, len(names) - 1), elem_id="head")
+        head = gr.HTML(cards.head(model, len(names) - 1), elem_id="head")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, placeholder="Ask everybody",
                                     info="Shift+Enter asks", autofocus=True, elem_id="prompt")  # fmt: skip
                 who = _chooser(names, chosen)
+                renew = gr.Button("Look for new adapters", size="sm", elem_id="renew")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", scale=3, min_width=120, elem_id="ask")
                     stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
@@ -113,6 +115,8 @@ def make_page(playground: Playground, model: str) -> gr.Blocks:
                 how = _sampling()
         said = gr.HTML(cards.NOTHING, elem_id="answers")
 
+        gr.on([page.load, renew.click], _renewer(playground, model), [who], [head, who], show_progress="hidden",
+              concurrency_limit=None, api_visibility="private")  # fmt: skip
         weights = gr.State(dict.fromkeys(_mixable(chosen), WEIGHT))
         who.change(_slide, [who, weights, *sliders], [weights, *sliders], show_progress="hidden",
                    api_visibility="private", concurrency_limit=None)  # fmt: skip
@@ -171,6 +175,18 @@ def _slide(who: Sequence[str], shown: Mapping[str, float], *values: float) -> li
     now = {name: kept.get(name, WEIGHT) for name in _mixable(who)}
     sliders = [gr.Slider(label=name, value=value, visible=True) for name, value in now.items()]
     return [now, *sliders, *(gr.Slider(visible=False) for _ in range(SLIDERS - len(now)))]
+
+
+def _renewer(playground: Playground, model: str) -> Any:
+    async def renew(who: Sequence[str]) -> tuple[str, Any]:
+        """The adapters that are there now. The choice is left alone, or a click made meanwhile would be undone; only
+        who is gone leaves it."""
+        names = await asyncio.to_thread(playground.names)
+        left = [name for name in who if name in names]
+        choice = gr.update(choices=names) if left == list(who) else gr.update(choices=names, value=left)
+        return cards.head(model, len(names) - 1), choice
+
+    return renew
 
 
 def _asker(playground: Playground) -> Any:
