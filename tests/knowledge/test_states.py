@@ -106,3 +106,38 @@ def test_free_space_gives_right_answers_no_distance_and_empty_ones_one():
     recompute = free([z[a] for a in answers], [z[t] for t in targets], answers, targets)
     distance, em = recompute(np.array([0, 0, 1, 1]), np.array([0, 2, 1, 0]))
     assert distance == pytest.approx([1, 0, 1, 0]) and em.tolist() == [False, True, False, True]
+
+
+def test_the_null_of_an_embedded_bases_states_is_made_in_the_receiving_prompt():  # check 9, on a real model
+    """Start and end are answers drawn by lot, so nothing went anywhere: the null in the receiving prompt says so, and
+    one that only permutes features, each still of its giver's prompt, would find that training draws answers near."""
+    import inlay
+    from inlay.knowledge.exam import Exam
+    from inlay.knowledge.feature import Space, features
+    from inlay.knowledge.measure import MeasureSettings
+    from inlay.knowledge.world import World
+
+    model, tokenizer = inlay.load_base("tiny-llama", device="cpu")
+    items = World().random_pairs(96)
+    exam = Exam(inlay.attach(model), tokenizer, items, MeasureSettings(space=Space("hidden:-1")))
+    draw = np.random.default_rng(3)
+    every = [i.target for i in World(1).random_pairs(200)]
+    before, after = (list(draw.choice(every, len(items))) for _ in range(2))
+    tsd, z = exam.distance(before), exam.features(after)
+    deal = exam.recompute(after)
+    own = np.arange(len(items))
+    (alone,) = features(exam.host, tokenizer, [items[3].prompt], [after[7]], "hidden:-1")
+    dealt, _ = deal(np.array([3]), np.array([7]))
+    assert dealt == pytest.approx(exam.distance_of(alone[None].numpy(), [3]), abs=1e-5)
+
+    def permuted(to, of):
+        return exam.distance_of(z[of], to), np.zeros(len(to), bool)
+
+    end, none = exam.distance_of(z), np.zeros(len(items))
+    same = ["r"] * len(items)
+    edges = quantile_edges(tsd, 2)
+    right, wrong = (deviation(tsd, end, none, same, f, edges, tau=0, draws=8) for f in (deal, permuted))
+    assert deal(own, own)[0] == pytest.approx(permuted(own, own)[0], abs=1e-5)
+    assert (wrong.null - right.null).min() >= 0.08  # 0.15 and 0.24
+    assert (right.low <= right.excess).all() and (right.excess <= right.high).all()
+    assert (wrong.excess < wrong.low).any(), "permuted features see an effect where there is none"

@@ -12,9 +12,11 @@ import pytest
 
 from inlay.core.errors import InlayError
 from inlay.knowledge import findings, report
+from inlay.knowledge import study as studying
 from inlay.knowledge.curves import two_lines
-from inlay.knowledge.design import AGAINST, CONDITIONS, Job, StudySettings, condition, jobs, method_of, rates
-from inlay.knowledge.study import _there, assemble, file_of
+from inlay.knowledge.design import AGAINST, BY_NAME, CONDITIONS, Job, StudySettings, condition, jobs, method_of, rates
+from inlay.knowledge.slick import Known
+from inlay.knowledge.study import Lab, _there, assemble, file_of
 from tests.knowledge.synthetic import run, study, table
 
 
@@ -39,6 +41,26 @@ def test_all_mandatory_controls_are_there():
         assert not condition(name).remedy
     assert {c.kind for c in CONDITIONS.values()} == set(AGAINST)
     assert all(against in CONDITIONS for against in AGAINST.values())
+
+
+def test_unknown_facts_leave_first_where_that_control_is_asked_for():
+    assert "no unknown" not in CONDITIONS and "no unknown" in BY_NAME  # of edits it leaves nothing to compare
+    category = np.array(["Unknown"] * 30 + ["MaybeKnown"] * 12 + ["HighlyKnown"] * 8, dtype=object)
+    measured = {"tsd": np.linspace(0, 1, 50), "features": np.ones((50, 2)), "categories": category}
+    kept = condition("no unknown").keep(measured, 0.5, seed=0)
+    assert kept.sum() == 25 and kept[30:].all()
+    assert "no unknown" in {j.condition for j in jobs(settings(conditions=("random subset", "no unknown")))}
+
+
+@pytest.mark.parametrize("category", ["Unknown", "MaybeKnown"])
+def test_a_control_that_compares_nothing_is_refused(tmp_path, monkeypatch, category):
+    found = [Known(f"i{n}", float(category != "Unknown") / 2, 0.5 * (category != "Unknown")) for n in range(4)]
+    monkeypatch.setattr(studying, "slick", lambda *args, **more: found)
+    lab = Lab(settings(tmp_path, progress=False))
+    lab.hosts["llama"] = (None, None, None)
+    job = Job("run", "llama", "lora:rank=4", "edits", "no unknown", 0, 4, 1)
+    with pytest.raises(InlayError, match=f"{4 if category == 'Unknown' else 0} of 4 facts are Unknown.*new people"):
+        lab._categories(job, [])
 
 
 def test_filters_keep_as_many_as_their_controls():

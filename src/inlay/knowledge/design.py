@@ -56,7 +56,8 @@ class Condition:
         """Mask (N,) of what is trained.
 
         Args:
-            measured: `tsd` and `features` of the items; `loss` (of the base), where the condition ranks by it.
+            measured: `tsd` and `features` of the items; `loss` (of the base) and SLiCK's `categories`, where the
+                condition ranks by them.
         """
         from inlay.knowledge.controls import control_subset
         from inlay.knowledge.settings import FILTER_CONTROLS
@@ -65,7 +66,12 @@ class Condition:
         if not self.subset:
             return np.ones(len(d), bool)
         if self.subset in FILTER_CONTROLS:
-            made = control_subset(self.subset, d, keep=share, losses=measured.get("loss"), seed=(seed, 30))
+            known = measured.get("categories")
+            more: dict[str, Any] = {
+                "losses": measured.get("loss"),
+                "categories": None if known is None else known.tolist(),
+            }
+            made = control_subset(self.subset, d, keep=share, seed=(seed, 30), **more)
         else:
             made = select_subset(d, measured["features"], share, 1.0, self.subset)  # type: ignore[arg-type]
         mask = np.zeros(len(d), bool)
@@ -107,18 +113,20 @@ CONDITIONS: dict[str, Condition] = {
         Condition("lowest loss", "filter", subset="loss-ranked"),
     )
 }
-"""Remedies and controls by name. SLiCK's Unknown is none: every edit of the toy world is Unknown to its base."""
+"""Remedies and controls by name, all of which a study has unless told otherwise."""
+BY_NAME = {c.name: c for c in (Condition("no unknown", "filter", subset="no-unknown"),)}
+"""Controls that are run when asked for: SLiCK's Unknown leave first. All edits of the toy world are Unknown to its base:
+there is nothing to compare; of new people the base guesses some."""
 PLAIN = Condition("plain", "plain")
 AGAINST = {"weights": "uniform", "filter": "random subset"}
 
 
 def condition(name: str) -> Condition:
     """A condition by its name."""
-    if name == "plain":
-        return PLAIN
-    if name not in CONDITIONS:
-        raise unknown("condition", name, ["plain", *CONDITIONS])
-    return CONDITIONS[name]
+    there = {"plain": PLAIN, **CONDITIONS, **BY_NAME}
+    if name not in there:
+        raise unknown("condition", name, there)
+    return there[name]
 
 
 def method_of(spec: str) -> tuple[str, dict[str, Any]]:
@@ -177,7 +185,7 @@ class StudySettings:
     regimes: tuple[str, ...] = REGIMES
     """Kinds of facts; methods are compared on the first."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
-    """Remedies and controls."""
+    """Remedies and controls, on the first of the regimes; beside the default ones there is `no unknown`."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Of the items, the adapter's start and the order; the same ones in every condition."""
     items: int = 360

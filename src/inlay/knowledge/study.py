@@ -22,6 +22,7 @@ from inlay.knowledge.interfere import Bench, curve, pairwise
 from inlay.knowledge.items import Item
 from inlay.knowledge.measure import MeasureSettings, measure
 from inlay.knowledge.report import build
+from inlay.knowledge.slick import SlickSettings, slick
 from inlay.knowledge.table import Table
 from inlay.knowledge.trial import Practice, Trial, losses
 from inlay.knowledge.world import World
@@ -194,6 +195,8 @@ class Lab:
         measured = {"tsd": table["tsd"], "features": table["features"]}
         if how.subset == "loss-ranked":
             measured["loss"] = self._base_losses(job, items)
+        if how.subset == "no-unknown":
+            measured["categories"] = self._categories(job, items)
         mask = how.keep(measured, job.more["keep"], job.seed)
         chosen = [i for i, yes in zip(items, mask, strict=True) if yes]
         trial = self.trial(job.family, chosen, job.method, lr, job.seed, job.steps)
@@ -220,6 +223,18 @@ class Lab:
         }
         weighed = [{"step": w["step"], "weights": w["weights"]} for w in weighing if "weights" in w]
         return {"run": run, "paraphrase_N": paraphrases, "kept_N": mask, "weighed": weighed}
+
+    def _categories(self, job: Job, items: Sequence[Item]) -> np.ndarray:
+        """SLiCK's category of each item under the base."""
+        host, tokenizer, _ = self.host(job.family)
+        how = SlickSettings(measure=MeasureSettings(batch_size=256), seed=job.seed)
+        found = [k.category for k in slick(host, tokenizer, items, how, progress=self.s.progress)]
+        if (many := found.count("Unknown")) in (0, len(found)):
+            raise InlayError(
+                f"{many} of {len(found)} facts are Unknown to the base, so leaving them out compares nothing; run "
+                f"{job.condition!r} on another regime (new people)"
+            )
+        return np.array(found, dtype=object)
 
     def _base_losses(self, job: Job, items: Sequence[Item]) -> np.ndarray:
         """Cross entropy of each target under the base: of an adapter that is fresh, and so changes nothing."""
