@@ -106,10 +106,10 @@ def make_page(playground: Playground, model: str) -> gr.Blocks:
                 prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, placeholder="Ask everybody",
                                     info="Shift+Enter asks", autofocus=True, elem_id="prompt")  # fmt: skip
                 who = _chooser(names, chosen)
-                renew = gr.Button("Look for new adapters", size="sm", elem_id="renew")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", scale=3, min_width=120, elem_id="ask")
                     stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="stop")
+                    renew = gr.Button("Reload list", scale=1, min_width=80, elem_id="renew")
             with gr.Column(scale=2, min_width=320):
                 mixed, sliders = _mix(chosen)
                 how = _sampling()
