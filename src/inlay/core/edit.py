@@ -5,7 +5,7 @@ Shapes, named by the last letters of a tensor: B rows, T tokens of this step, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,15 +58,20 @@ class Call:
 
 @dataclass(frozen=True)
 class LowRank:
-    """gain * (y - b + s B A x) + b, where y is what the layer says and b its bias."""
+    """gain * (y - b + s B A x) + b, where y is what the layer says and b its bias; or, with `turn`, R y."""
 
-    A: Tensor
+    A: Tensor | None = None
     """(R, D_in)."""
-    B: Tensor
+    B: Tensor | None = None
     """(D_out, R)."""
-    s: float
+    s: float = 0.0
     gain: Tensor | None = None
     """(D_out,); None: 1."""
+    norm: Callable[[], Tensor] | None = None
+    """What the gain is divided by (D_out,), a constant that depends on the tensors only."""
+    turn: tuple[Tensor, Tensor] | None = None
+    """(angles (D_out / 2,), lengths (D_out / 2,)) of the 2 x 2 blocks of R, each of which multiplies neighbours as a
+    complex number. Stands alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

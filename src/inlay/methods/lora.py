@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -127,13 +128,18 @@ class DoRA(LoRA):
         square = frozen_weight(place).square().sum(1)
         return {**super().weights(place), "m": square.sqrt(), "_square": square}
 
+    @torch.no_grad()
+    def norm(self, w: Weights, place: Place) -> tuple[Tensor, Tensor | float]:
+        """(n (D_out,), b)."""
+        A, B, s, f = w["A"], w["B"], self.scale, place.f
+        b = f(A.new_zeros(1, A.shape[1])) if place.has_bias else 0.0
+        WAt = (f(A) - b).T  # (D_out, rank)
+        square = w["_square"] + 2 * s * (B * WAt).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)
+        return square.clamp(min=0).sqrt(), b
+
     def gain(self, w: Weights, place: Place) -> tuple[Tensor, Tensor | float]:
         """(m / n (D_out,), b)."""
-        A, B, s, f = w["A"], w["B"], self.scale, place.f
-        with torch.no_grad():
-            b = f(A.new_zeros(1, A.shape[1])) if place.has_bias else 0.0
-            WAt = (f(A) - b).T  # (D_out, rank)
-            n = (w["_square"] + 2 * s * (B * WAt).sum(1) + s * s * (B * (B @ (A @ A.T))).sum(1)).clamp(min=0).sqrt()
+        n, b = self.norm(w, place)
         return w["m"] / n, b
 
     def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
@@ -143,14 +149,15 @@ class DoRA(LoRA):
 
     def low_rank(self, w: Weights, call: Call) -> LowRank | None:
         drops = self.dropout and call.training
-        return None if drops else LowRank(w["A"], w["B"], self.scale, self.gain(w, call.place)[0])
+        norm = partial(self.norm, w, call.place)
+        return None if drops else LowRank(w["A"], w["B"], self.scale, w["m"], norm=lambda: norm()[0])
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         A, B, s = w["A"], w["B"], self.scale
         gain, b = self.gain(w, call.place)
         x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         scaled = torch.addcmul(y, y - b, gain - 1) if call.place.has_bias else gain * y
-        return low_rank(x, A, (gain[:, None] * B).to(B.dtype), s, onto=scaled)
+        return low_rank(x, A, (gain[:, None] * B).to(B.dtype), s, onto=scaled.to(x.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

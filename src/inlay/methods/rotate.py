@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
-from inlay.core.edit import Call, Edit, Weights
+from inlay.core.edit import Call, Edit, LowRank, Weights
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.method import Method
@@ -44,6 +44,12 @@ def paired(t: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1]):
         t = t.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(t.unflatten(-1, (-1, 2)))
+
+
+def spinner(w: Weights) -> Tensor:
+    """Blocks of variant 1 as complex numbers (D / 2)."""
+    # Not torch.polar: its gradient has the wrong sign where a is below 0.
+    return torch.complex(w["a"] * w["theta"].cos(), w["a"] * w["theta"].sin())
 
 
 def spin(y: Tensor, c: Tensor) -> Tensor:
@@ -90,6 +96,7 @@ class RoAd(Edit):
 
     kind = "road"
     at = "linear"
+    coarse: ClassVar[tuple[str, ...] | None] = ()
     variant: Literal[1, 2, 4] = 1
     """How much is tied within a block."""
     pairing: Literal["adjacent", "half"] = "adjacent"
@@ -186,8 +193,14 @@ class RoAd(Edit):
         every = replace(self, blocks=WHOLE)
         edit = Turn(group=self.pitch, positions=self.positions)
         if self.spins:
-            return edit, {"c": torch.view_as_real(torch.polar(w["a"], w["theta"])).flatten(-2)}
+            return edit, {"c": torch.view_as_real(spinner(w)).flatten(-2)}
         return edit, dict(zip(("R1", "R2"), every.rows(w), strict=True))
+
+    def low_rank(self, w: Weights, call: Call) -> LowRank | None:
+        if not self.spins or type(self) is not RoAd:
+            return None
+        w = w if self.blocks == WHOLE else self.whole(w, call.place)
+        return LowRank(turn=(w["theta"], w["a"]))
 
     def idle(self, call: Call, tokens: int) -> bool:
         return self.positional and decoding(call, tokens)
@@ -196,15 +209,15 @@ class RoAd(Edit):
         """What is said instead of y where the positions ask for it."""
         lo, hi = self.span(call.place)
         part = y[..., lo:hi]
-        new = spin(part, torch.polar(w["a"], w["theta"])) if self.spins else turn(part, *self.rows(w), self.pitch)
+        new = spin(part, spinner(w)) if self.spins else turn(part, *self.rows(w), self.pitch)
         return new if hi - lo == y.shape[-1] else torch.cat([y[..., :lo], new, y[..., hi:]], -1)
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        y = y.to(w["a"].dtype)
         if self.idle(call, y.shape[1]):
             return y
+        given, y = y.dtype, y.to(w["a"].dtype)
         new = self.everywhere_after(w, x, y, call)
-        return at_last(call, y, new) if self.positional else new
+        return (at_last(call, y, new) if self.positional else new).to(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +257,7 @@ class RoAdLoRA(RoAd):
     def everywhere_after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         turned = super().everywhere_after(w, x, y, call)
-        return low_rank(x, w["A"], w["B"], self.alpha / self.rank, onto=turned)
+        return low_rank(x, w["A"], w["B"], self.alpha / self.rank, onto=turned.to(x.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

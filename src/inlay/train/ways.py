@@ -25,7 +25,10 @@ from inlay.engine.gated import gated_mlps
 from inlay.engine.head import Read
 from inlay.engine.last import only_read
 from inlay.engine.linear import fast_linears
+from inlay.engine.norm import rms_norms
 from inlay.engine.pack import Pack, budget, pack, packs, rounding
+from inlay.engine.rotary import rotary
+from inlay.engine.steady import Steady
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
 
@@ -107,11 +110,13 @@ class Packed:
     def __init__(self, host: Host, pad: int, budget: int):
         self.host, self.pad, self.budget = host, pad, budget
         self.cache: Cache | None = None
+        self.steady = Steady()
         self.narrow = True
         """Whether the last block is computed only where it is read."""
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """As few packs as fit."""
+        """As few packs as fit. A step begins here: tensors may have moved since the last."""
+        self.steady.clear()
         return packs(examples, self.budget)
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
@@ -143,8 +148,10 @@ class Packed:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(apart(self.host))
-                stack.enter_context(fused_linears(self.host))
+                stack.enter_context(fused_linears(self.host, self.steady))
                 stack.enter_context(gated_mlps(self.host))
+                stack.enter_context(rms_norms(self.host.model))
+                stack.enter_context(rotary(self.host))
                 stack.enter_context(fast_linears(self.host.model))
                 if self.narrow and (self.cache is None or self.cache.below < self.host.anatomy.layers):
                     stack.enter_context(only_read(self.host))
