@@ -28,3 +28,14 @@ def run(out: Path, know: dict[str, Any], changes: dict[str, Any]) -> int:
     host, data = wearing(), rows(11, prompt=True)
     goal = made(host, data, KnowSettings(**know))
     return fit(host, "a", data, [], settings(out, **changes), out, None, objective=goal).steps
+
+
+def run_each(runs: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[int]:
+    """The same, one after the other in one process group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        return [run(*own) for own in runs]
+    finally:
+        dist.destroy_process_group()

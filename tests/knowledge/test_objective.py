@@ -13,7 +13,7 @@ from inlay.knowledge.settings import KnowSettings
 from inlay.knowledge.weights import soft_distance, weighted_loss, weights
 from inlay.train import fit
 from inlay.train.ways import Packed, Plain
-from tests.knowledge.ranked import DISTANCES, made, run
+from tests.knowledge.ranked import DISTANCES, made, run, run_each
 from tests.train.ranked import launch
 from tests.train.tiny import copy, rows, same, settings, wearing
 
@@ -209,32 +209,37 @@ def test_gamma_alone_pulls(tmp_path):
     assert got[0]["loss"] - want[0]["loss"] == pytest.approx(d[first].mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "signal", "changes"),
-    [
-        ("ddp", "static", {}),
-        ("ddp", "deviation", {"exact": True}),
-        ("fsdp", "dynamic", {"gamma": 0.5}),
-        ("fsdp", "confidence", {"control": "lr-matched"}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)  # two processes each
-            for case in (
-                ("fsdp", "static", {}),
-                ("fsdp", "deviation", {"exact": True}),
-                ("ddp", "dynamic", {"gamma": 0.5}),
-                ("ddp", "confidence", {"control": "lr-matched"}),
-            )
-        ),
-    ],
-)
-def test_two_ranks_weigh_as_one(tmp_path, parallel, signal, changes):
+CASES = [
+    (parallel, signal, changes)
+    for parallel in ("ddp", "fsdp")
+    for signal, changes in (
+        ("static", {}),
+        ("dynamic", {"gamma": 0.5}),
+        ("deviation", {"exact": True}),
+        ("confidence", {"control": "lr-matched"}),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Every case as a run of two processes, the same two for all: starting them is most of the time."""
+    out = tmp_path_factory.mktemp("two")
+    runs = [(out / str(n), _ranked(*case), {"batch_size": 5, "parallel": case[0]}) for n, case in enumerate(CASES)]
+    said = launch(2, run_each, runs, patience=300)
+    assert said == [[6] * len(CASES)] * 2, said
+    return out
+
+
+def _ranked(parallel, signal, changes):
+    return {**STATIC, "signal": signal, "beta": -1.0, **changes}
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda n: f"{CASES[n][0]}-{CASES[n][1]}")
+def test_two_ranks_weigh_as_one(tmp_path, two_ranks, case):
     """Batches of five of eleven rows: the last has one, so that a rank is idle."""
-    k = {**STATIC, "signal": signal, "beta": -1.0, **changes}
-    how = {"batch_size": 5, "parallel": parallel}
-    run(tmp_path / "one", k, how)
-    said = launch(2, run, tmp_path / "two", k, how)
-    assert said == [6, 6], said
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+    run(tmp_path, _ranked(*CASES[case]), {"batch_size": 5, "parallel": CASES[case][0]})
+    for a, b in zip(metrics(tmp_path), metrics(two_ranks / str(case)), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-5) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=1e-3
         )

@@ -115,8 +115,8 @@ CONDITIONS: dict[str, Condition] = {
 }
 """Remedies and controls by name, all of which a study has unless told otherwise."""
 BY_NAME = {c.name: c for c in (Condition("no unknown", "filter", subset="no-unknown"),)}
-"""Controls that are run when asked for: SLiCK's Unknown leave first. All edits of the toy world are Unknown to its base:
-there is nothing to compare; of new people the base guesses some."""
+"""Controls that are run when asked for: SLiCK's Unknown leave first. All edits of the toy world are Unknown to its
+base: there is nothing to compare. Of new people it guesses some."""
 PLAIN = Condition("plain", "plain")
 AGAINST = {"weights": "uniform", "filter": "random subset"}
 
