@@ -11,6 +11,7 @@ from tests.laws.zoo import base, batch, excite, logits, methods, places, small
 
 FAMILIES = ["llama", "gptj", "bloom", "opt", "gpt2"]
 STACKED = ["lora", "rslora", "pissa", "dora", "adalora", "ia3", "series", "parallel", "pfeiffer", "compacter"]
+STACKED += ["loha", "lokr", "krona"]
 NEAR = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -37,11 +38,12 @@ def test_shelved_is_hung(family):
 
 
 @pytest.mark.parametrize("method", STACKED)
+@pytest.mark.parametrize("tokens", [7, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stacked_row_is_its_adapter_alone(family, method):
+def test_a_stacked_row_is_its_adapter_alone(family, tokens, method):
     host = wearing(family, method, copies=3)
     plan = [f"{method}-1", f"{method}-0", f"{method}-2", f"{method}-1"]
-    inputs = batch(4)
+    inputs = batch(4, tokens)
     want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
     host.strategy = "stack"
     with host.using(*plan), torch.no_grad():

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from inlay.core.edit import Call, Edit, Weights
 from inlay.core.method import Method
 from inlay.core.place import Place
+from inlay.core.product import rows_product
 from inlay.core.start import kaiming, linears_only
 
 
@@ -19,7 +20,8 @@ class LoHa(Edit):
     """y + alpha/r ((a1 b1) * (a2 b2)) x, a Hadamard product of two low-rank matrices; its rank can reach r^2.
 
     Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098. a (D_out, r), b (r, D_in), b2 starts at zero. Multiplied as a
-    rank-r^2 product where that is cheaper than forming the matrix.
+    rank-r^2 product where that is cheaper than forming the matrix, and through the r x r matrix of each token where
+    they are few.
     """
 
     kind = "loha"
@@ -40,18 +42,36 @@ class LoHa(Edit):
 
     def factors(self, w: Weights) -> tuple[Tensor, Tensor]:
         """The same update as a low-rank product: (D_out, r^2), (r^2, D_in)."""
-        left = (w["a1"][:, :, None] * w["a2"][:, None, :]).flatten(1)
-        right = (w["b1"][:, None, :] * w["b2"][None, :, :]).flatten(0, 1)
+        left = (w["a1"][..., :, None] * w["a2"][..., None, :]).flatten(-2)
+        right = (w["b1"][..., :, None, :] * w["b2"][..., None, :, :]).flatten(-3, -2)
         return left, right
 
-    def _low(self, place: Place) -> bool:
-        return self.rank**2 * (place.d_in + place.d_out) < place.d_in * place.d_out
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        return HADAMARD, {**w, "a1": self.alpha / self.rank * w["a1"]}
+
+    def stacks(self, place: Place) -> bool:
+        return True
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        if self._low(call.place):
+        rank, d_in, d_out = w["b1"].shape[-2], x.shape[-1], y.shape[-1]
+        if (x.shape[-2] if w["b1"].dim() == 3 else x.shape[:-1].numel()) < rank:
+            update = self._few(w, x)
+        elif rank**2 * (d_in + d_out) < d_in * d_out:
             left, right = self.factors(w)
-            return y + self.alpha / self.rank * linear(linear(x, right), left)
-        return y + self.alpha / self.rank * linear(x, (w["a1"] @ w["b1"]) * (w["a2"] @ w["b2"]))
+            update = rows_product(rows_product(x, right), left)
+        else:
+            update = rows_product(x, (w["a1"] @ w["b1"]) * (w["a2"] @ w["b2"]))
+        return y + self.alpha / self.rank * update
+
+    def _few(self, w: Weights, x: Tensor) -> Tensor:
+        """The sum over i, j of (a1_i * a2_j) (b1_i . diag(x) b2_j), no matrix of which is larger than r x D."""
+        a1, b1, a2, b2 = (w[k].unsqueeze(-3) for k in ("a1", "b1", "a2", "b2"))
+        inner = (b1 * x.unsqueeze(-2)) @ b2.mT  # (B, T, r, r)
+        return ((a1 @ inner) * a2).sum(-1)
+
+
+HADAMARD = LoHa(rank=1, alpha=1.0)
+"""What LoHa comes to, whatever its rank and scale."""
 
 
 def split(n: int, factor: int = -1) -> tuple[int, int]:
@@ -100,11 +120,24 @@ class LoKr(Edit):
         """(w1, w2), whole."""
         return tuple(w[k] if k in w else w[f"{k}_a"] @ w[f"{k}_b"] for k in ("w1", "w2"))  # type: ignore[return-value]
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        w1, w2 = self.factors(w)
+        return KRONECKER, {"w1": self.alpha / self.rank * w1, "w2": w2}
+
+    def stacks(self, place: Place) -> bool:
+        return True
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         w1, w2 = self.factors(w)
-        x = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
+        x = x.unflatten(-1, (w1.shape[-1], w2.shape[-1]))
+        if w1.dim() == 3:  # a pair a row: tokens share their row's factors
+            h = rows_product(x.flatten(1, 2), w2).unflatten(1, x.shape[1:3]).transpose(1, 2)  # (B, i1, T, o2)
+            return y + torch.bmm(w1, h.flatten(2)).unflatten(2, h.shape[2:]).transpose(1, 2).flatten(-2)
         return y + self.alpha / self.rank * (w1 @ linear(x, w2)).flatten(-2)
 
+
+KRONECKER = LoKr(rank=1, alpha=1.0, whole=True)
+"""What LoKr and KronA come to, whatever their ranks and scale."""
 
 METHODS = (
     Method("loha", LoHa, "Hadamard product of two low-rank updates"),
