@@ -166,3 +166,47 @@ def test_a_hung_adapter_leaves_and_the_shelved_ones_stay_worn():
     host.add("hung", small("lora"), at=places("lora", "llama"), seed=1).remove("hung")
     torch.testing.assert_close(logits(host, "kept", **batch()), want, **NEAR)
     assert not [n for n, _ in host.detach().named_modules() if "inlay" in n]
+
+
+@pytest.mark.parametrize("method", [*STACKED, "road1", "road2"])
+def test_neighbours_who_wear_the_same_share_an_adapter_of_the_stack(method):
+    host = wearing("llama", method, copies=2)
+    plan = [f"{method}-{i}" for i in (1, 1, 0, 0, 1, 1)] + [None, None]
+    inputs = batch(8)
+    want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
+    with host.using(*plan), torch.no_grad():
+        got = host.model(**inputs).logits
+        (step,) = host.now.steps
+    assert isinstance(step, Stack) and step.each == 2 and next(iter(step.at["0.down"].values())).shape[0] == 3
+    torch.testing.assert_close(got, want, **NEAR)
+
+
+@pytest.mark.parametrize("method", [*STACKED, "road1"])
+def test_what_somebody_else_holds_of_a_layer_is_not_written_over(method):
+    host = wearing("llama", method, copies=2)
+    alone = logits(host, f"{method}-0", **batch(4))
+    held, kept = [], []
+
+    def hold(layer, args, y):
+        held.append(y)
+        kept.append(y.clone())
+
+    for site in host.sites.values():
+        site.layer.register_forward_hook(hold, prepend=True)
+    torch.testing.assert_close(logits(host, f"{method}-0", **batch(4)), alone, **NEAR)
+    logits(host, *[f"{method}-{i % 2}" for i in range(4)], **batch(4))
+    assert held and all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
+
+
+def test_stacks_stay_while_there_is_room():
+    host = wearing("llama", "lora", "road1", copies=2)
+    host.strategy = "stack"
+    stacks = host.stacks
+    with host.steady():
+        for plan in (("lora-0", "lora-1"), ("road1-0", "road1-1"), ("lora-0", "lora-1")):
+            with host.using(*plan):
+                logits(host, *plan, **batch(2))
+    assert len(stacks._held) == 2
+    stacks.room = max(flat.nbytes for flat, _ in stacks._held.values())
+    logits(host, "road1-0", "road1-1", **batch(2))
+    assert len(stacks._held) == 1

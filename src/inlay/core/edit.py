@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inlay.core.place import Place
 
 Weights = Mapping[str, Tensor]
+Formula = TypeVar("Formula", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Call:
     """The column at which this adapter's own reserved columns begin, per row; None if nobody in the batch asks."""
     side: Mapping[str, Tensor] = field(default_factory=dict)
     """Further inputs per row, given to `Host.use(..., side=...)`."""
+    spare: bool = False
+    """Whether what is edited (x of `before`, y of `after`) is nobody else's: the result may be written over it. Told
+    only to formulas marked `overwrites`, and never while gradients are recorded or a compiler looks on."""
 
     def position_BT(self, tokens: int) -> Tensor:
         """Place of each token relative to the adapter's first reserved column, or to the row's own first token if the
@@ -54,6 +58,13 @@ class Call:
             first_B=None if self.first_B is None else self.first_B[rows],
             side={k: v[rows] for k, v in self.side.items()},
         )
+
+
+def overwrites(formula: Formula) -> Formula:
+    """Marks a `before` or `after` that heeds `Call.spare`. A formula that stands over another one (a gate, a
+    subclass's) is not marked by that: it still needs the y it was given."""
+    formula.overwrites = True  # type: ignore[attr-defined]
+    return formula
 
 
 @dataclass(frozen=True)
@@ -145,8 +156,13 @@ class Edit:
         come to the same formula share one edit, so that they share a stack."""
         return self, w
 
+    def viewed(self, w: Weights) -> Weights:
+        """Folded tensors as the formula likes to meet them: views of the same memory, made once a plan and place."""
+        return w
+
     def stacks(self, place: Place) -> bool:
-        """Whether `before` and `after` also take tensors of a row each, matrices (B, p, q) and vectors (B, 1, p)."""
+        """Whether `before` and `after` also take tensors of a row each, matrices (B, p, q) and vectors (B, 1, p); they
+        then read nothing of the call but its place. Neighbouring rows may come as one row of more tokens."""
         return False
 
     def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
@@ -155,7 +171,7 @@ class Edit:
         return None
 
     def idle(self, call: Call, tokens: int) -> bool:
-        """Whether this step of so many tokens passes unchanged, whatever the tensors hold."""
+        """Whether this step of so many tokens passes unchanged, whatever the tensors hold; asked if `positional`."""
         return False
 
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
@@ -176,6 +192,10 @@ class Edit:
         return self.wirings[0] if self.wirings else ""
 
 
-def phases(edit: Edit) -> tuple[bool, bool]:
-    """Whether the edit has a `before` and an `after` of its own."""
-    return type(edit).before is not Edit.before, type(edit).after is not Edit.after
+def phases(edit: Edit, place: Place | None = None) -> tuple[bool, bool]:
+    """Whether the edit has a `before` and an `after` of its own, and at this place a use for them."""
+    before, after = type(edit).before is not Edit.before, type(edit).after is not Edit.after
+    if place is None or not edit.wirings:
+        return before, after
+    inside = edit.wiring_of(place) == "input"
+    return before and inside, after and not inside

@@ -90,11 +90,26 @@ def rows_product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return torch.bmm(x, W.mT) if b is None else torch.baddbmm(b, x, W.mT)
 
 
-def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = None) -> Tensor:
+def add_rows_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tensor:
+    """`onto` += s x W^T in place, without gradients: onto (N, T, D_out), x (N, T, D_in), W as for `rows_product`."""
+    if W.dim() == 3:
+        return onto.baddbmm_(x, W.mT, alpha=s)
+    if not onto.is_contiguous():
+        return onto.add_(product(x, W), alpha=s)
+    add_product(onto.view(-1, onto.shape[-1]), x.reshape(-1, x.shape[-1]), W, s)
+    return onto
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = None, over: bool = False) -> Tensor:
     """s B A x, added to `onto` if given; A (R, D_in), B (D_out, R). Backward keeps x, A x and the factors only.
 
     A and B may also be stacks, one pair a row: x (N, T, D_in), A (N, R, D_in), B (N, D_out, R).
+
+    Args:
+        over: write the result over `onto`; without gradients (see `Call.spare`).
     """
+    if over and onto is not None:
+        return add_rows_product(onto, product(x, A) if A.dim() == 2 else torch.bmm(x, A.mT), B, s)
     if A.dim() == 3:
         h = torch.bmm(x, A.mT)
         return s * torch.bmm(h, B.mT) if onto is None else torch.baddbmm(onto, h, B.mT, alpha=s)

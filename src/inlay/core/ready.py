@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from inlay.core.edit import phases
 from inlay.core.fold import Folded, fold
 from inlay.core.room import plan_room
-from inlay.core.route import Route, route, spread, stacked
+from inlay.core.route import Route, route, shares, spread, stacked
 
 if TYPE_CHECKING:
     from inlay.core.host import Host
@@ -61,6 +62,9 @@ class Ready:
         with torch.inference_mode(False):  # a plan made while evaluating may be trained under later
             self.segments = route(host.plan, host.order, batch, host.device)
             self.room = plan_room(self.whole, host.edits, host.device)
+        if any(phases(host.edits[n])[0] for names in self.whole for n in names):
+            for site in host.sites.values():
+                site.listen(self.segments.steps)
         self._stacked: Route | None = None
         self._of: list[Folded] | None = None
         # A compiled graph can only find stacks, not make them. Else they are made by the first forward that wants them:
@@ -80,7 +84,9 @@ class Ready:
         return self._stacked or self.segments
 
     def _stack(self, host: Host) -> None:
-        worn = sum(map(len, self.whole))
+        # A compiled graph, which asks for `stack`, must not depend on who sits by whom.
+        each = shares(self.whole) if host.strategy == "auto" else 1
+        worn = sum(map(len, self.whole)) // each
         if len(self.segments.steps) < 2 or not (
             host.strategy == "stack" or (host.strategy == "auto" and worn < MANY * len(self.segments.steps))
         ):
@@ -89,4 +95,4 @@ class Ready:
         if self._of is None or any(a is not b for a, b in zip(self._of, now, strict=True)):
             by_name = {s.name: one for s, one in zip(self.segments.steps, now, strict=True)}  # type: ignore[union-attr]
             self._of = now
-            self._stacked = stacked(self.segments, self.whole, host.order, by_name.__getitem__, host.stacks)
+            self._stacked = stacked(self.segments, self.whole, host.order, by_name.__getitem__, host.stacks, each)

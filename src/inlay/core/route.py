@@ -12,6 +12,8 @@ cut alike, one to a row, and one batched formula (`inlay.core.fold`). Four strat
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ from inlay.core.fold import Folded, Stack, Stacks
 
 if TYPE_CHECKING:
     from inlay.core.layout import Layout
+    from inlay.core.place import Place
 
 Worn = tuple[str, ...]
 """What one row wears: names of adapters, none for the bare model."""
@@ -67,10 +70,10 @@ class Route:
     """Set in a packed forward: rows are then single tokens, R W of them."""
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def call(self, step: Step, place) -> Call:
+    def call(self, step: Step, place: Place, spare: bool = False) -> Call:
         """The call as a step sees it, all rows."""
-        first = self.first.get(step.name) if isinstance(step, Segment) else None
-        return Call(place, self.training, self.seen, first, self.side)
+        first = self.first.get(step.name) if self.first and isinstance(step, Segment) else None
+        return Call(place, self.training, self.seen, first, self.side, spare)
 
     def only(self, where: Tensor) -> Route:
         """The same for some of the rows (of a packed batch: some of its tokens), each now a row of its own."""
@@ -150,8 +153,10 @@ def stacked(
     order: Mapping[str, int],
     folded: Callable[[str], Folded],
     stacks: Stacks,
+    each: int = 1,
 ) -> Route | None:
-    """The same rows with stacks for adapters that are cut alike; None where there is nothing to stack, or no room.
+    """The same rows with stacks for adapters that are cut alike, one for each so many rows (see `shares`); None where
+    there is nothing to stack, or no room.
 
     A row's first adapters come before all second ones, so that each row meets its own in the order of the segments.
     """
@@ -160,7 +165,7 @@ def stacked(
         return None
     parts = {n: folded(n) for n in segments}
     device = next(iter(segments.values())).mine.device
-    ranked = [sorted(names, key=order.__getitem__) for names in whole]
+    ranked = [sorted(names, key=order.__getitem__) for names in whole[::each]]
     wanted: dict[Hashable, list[Folded]] = {}
     plans: list[tuple[Hashable | str, list[int]]] = []
     for level in range(max(map(len, ranked))):
@@ -183,33 +188,69 @@ def stacked(
     steps: list[Step] = []
     for key, rows in plans:
         if isinstance(key, str):
-            steps.append(_segment(key, rows, by_segments.batch, device))
+            steps.append(_segment(key, _each(rows, each), by_segments.batch, device))
             continue
+        rows = _each(rows, each)
         everyone = len(rows) == by_segments.batch
         where = None if everyone else torch.tensor(rows, device=device)
-        steps.append(Stack(wanted[key][0].cut, where, None if everyone else _span(rows), filled[key]))
+        steps.append(Stack(wanted[key][0].cut, where, None if everyone else _span(rows), filled[key], each))
     return replace(by_segments, steps=tuple(steps))
 
 
-Job = tuple[Step, Edit, Weights, Call]
+def shares(whole: Sequence[Worn]) -> int:
+    """The largest number n such that the batch is runs of n, 2n ... rows that wear the same: a stack then holds an
+    adapter for each n rows (the beams of a prompt, say)."""
+    return math.gcd(*(len(list(run)) for _, run in itertools.groupby(whole)))
 
 
-def apply(strategy: str, jobs: Sequence[Job], x: Tensor, y: Tensor | None) -> Tensor:
-    """Run several adapters at one place: `before`, or `after` if there is y (B, T, D_out); x (B, T, D_in) or ids."""
+def _each(rows: Sequence[int], n: int) -> list[int]:
+    return [n * row + i for row in rows for i in range(n)]
+
+
+Job = tuple[Step, Edit, Weights, "Place"]
+
+
+def apply(now: Route, strategy: str, jobs: Sequence[Job], x: Tensor, y: Tensor | None, spare: bool = False) -> Tensor:
+    """Run several adapters at one place: `before`, or `after` if there is y (B, T, D_out); x (B, T, D_in) or ids.
+
+    Args:
+        spare: whether what is edited is nobody else's and may be written over.
+    """
     out = x if y is None else y
-    mine = False
-    for step, edit, w, call in jobs:
-        fn: Callable[..., Tensor] = edit.before if y is None else edit.after
-        args = (out,) if y is None else (x, out)
+    writes = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    owns = writes and not torch.is_autocast_enabled(out.device.type)
+    mine = spare and owns
+    for job in jobs:
+        step, given = job[0], (out,) if y is None else (x, out)
         if step.rows is None:
-            out, mine = fn(w, *args, call), False
+            new = _said(now, job, given, spare=mine)
+            out, mine = new, mine and new is out
         elif strategy == "select" and isinstance(step, Segment):
-            out, mine = torch.where(step.mine.view(-1, *[1] * (out.dim() - 1)), fn(w, *args, call), out), True
-        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            here = step.mine.view(-1, *[1] * (out.dim() - 1))
+            out, mine = torch.where(here, _said(now, job, given), out), owns
+        elif writes:
             where = step.span or step.rows
             out, mine = out if mine else out.clone(), True
-            own = call.take(where)
-            out[where] = fn(w, out[where], own) if y is None else fn(w, x[where], out[where], own)
+            part = out[where]
+            new = _said(now, job, (part,) if y is None else (x[where], part), where, spare=owns)
+            if new is not part or step.span is None:
+                out[where] = new
         else:
-            out = out.index_copy(0, step.rows, fn(w, *(a[step.rows] for a in args), call.take(step.rows)))
+            new = _said(now, job, tuple(t[step.rows] for t in given), step.rows)
+            out = out.index_copy(0, step.rows, new)
     return out
+
+
+def _said(
+    now: Route, job: Job, given: tuple[Tensor, ...], where: Tensor | slice | None = None, spare: bool = False
+) -> Tensor:
+    """What one step says of its rows: `before` of (x,), `after` of (x, y)."""
+    step, edit, w, place = job
+    fn: Callable[..., Tensor] = edit.before if len(given) == 1 else edit.after
+    call = now.call(step, place, spare and hasattr(fn, "overwrites"))
+    call = call if where is None else call.take(where)
+    if isinstance(step, Segment) or step.each == 1:
+        return fn(w, *given, call)
+    edited, shared = given[-1], [step.shared(t) for t in given]
+    new = fn(w, *shared, call)
+    return edited if new is shared[-1] and edited.is_contiguous() else new.reshape(edited.shape)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,7 @@ class Site(nn.Module):
         self._given: Tensor | None = None
         self.spoken = False
         """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
-        self._sole: WornHere | None = None
-        self._found: tuple[tuple[route.Step, ...] | None, tuple[list[WornHere], list[WornHere]]] = None, ([], [])
+        self._worn = Worn(())
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
             self.frozen,
@@ -82,10 +81,7 @@ class Site(nn.Module):
             has_bias=getattr(layer, "bias", None) is not None,
             tied=host.tied and spot.role in ("embed", "head"),
         )
-        self._hooks = [
-            layer.register_forward_pre_hook(self._pre, with_kwargs=True),
-            layer.register_forward_hook(self._post, with_kwargs=True),
-        ]
+        self._hooks = [layer.register_forward_hook(self._post, with_kwargs=True)]
         layer.add_module(self._child, self)
 
     @property
@@ -136,60 +132,74 @@ class Site(nn.Module):
         own = self.wear[name].tensors()
         return {**common.tensors(), **own} if common is not None else own
 
-    def _worn(self, steps: tuple[route.Step, ...]) -> tuple[list[WornHere], list[WornHere]]:
-        """What the steps of a route have to do here, in `before` and in `after`."""
-        if torch.compiler.is_compiling():  # a graph must not depend on which route it was made under
-            return self._find(steps)
-        if self._found[0] is not steps:
-            self._found = steps, self._find(steps)
-            before, after = self._found[1]
-            self._sole = after[0] if not before and len(after) == 1 and _serves_all(after[0], self.spot) else None
-        return self._found[1]
+    def listen(self, steps: tuple[route.Step, ...]) -> None:
+        """Be asked before the layer as well, if one of these steps edits what the layer is given."""
+        if len(self._hooks) == 1 and self.worn(steps).before:
+            self._hooks.append(self.layer.register_forward_pre_hook(self._pre, with_kwargs=True))
 
-    def _find(self, steps: tuple[route.Step, ...]) -> tuple[list[WornHere], list[WornHere]]:
-        found: tuple[list[WornHere], list[WornHere]] = [], []
+    def worn(self, steps: tuple[route.Step, ...]) -> Worn:
+        """What the steps of a route have to do here."""
+        compiled = torch.compiler.is_compiling()  # a graph must not depend on which route it was made under
+        if not compiled and self._worn.steps is steps:
+            return self._worn
+        found = Worn(steps)
         for step in steps:
             one = _worn_here(self._host[0], self, step)
             if one is not None:
-                for phase, has in enumerate(phases(one[1])):
-                    if has:
-                        found[phase].append(one)
+                for where, has in zip((found.before, found.after), phases(one[1], one[2]), strict=True):
+                    where += [one] if has else []
+        if not compiled:
+            plain = self.spot.part is None and self.spot.role not in ("embed", "head")
+            found.alike = plain and not any(edit.positional for _, edit, _, _ in found.before + found.after)
+            self._worn = found
         return found
 
-    def run(self, worn: list[WornHere], x: Tensor, y: Tensor | None = None) -> Tensor:
+    def run(self, worn: Worn, x: Tensor, y: Tensor | None = None, spare: bool = False) -> Tensor:
         """Send each row through its own adapters, `before` the layer or (given y) `after` it; rows whose adapters do
-        not hang here pass unchanged."""
+        not hang here pass unchanged. A y that is `spare` may be written over."""
         host, out = self._host[0], x if y is None else y
-        now, dtype = host.now, host.precision(out, worn)
+        now, every = host.now, worn.before if y is None else worn.after
+        if worn.alike and _as_it_is(x, out, now):  # mostly, where nothing is trained: as few calls as it takes
+            quick: list[route.Job] = [(one[0], one[1], self._rounded(one, out.dtype), one[2]) for one in every]
+            return route.apply(now, host.strategy, quick, x, y, spare)
+        dtype = host.precision(out, every)
         tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // now.batch
         jobs: list[route.Job] = []
         by_rows = False
-        for step, edit, place, w in worn:
-            call = now.call(step, place)
-            if not edit.idle(call, tokens):
-                if w is None or dtype.itemsize < 4:  # folded tensors are in the type of the edit already
-                    w = edit.rounded(self.tensors(step.name) if w is None else w, dtype)  # type: ignore[union-attr]
-                jobs.append((step, edit, w, call))
+        for one in every:
+            step, edit, place, _ = one
+            if not (edit.positional and edit.idle(now.call(step, place), tokens)):
+                jobs.append((step, edit, self._rounded(one, dtype), place))
                 by_rows = by_rows or step.rows is not None or isinstance(step, Stack) or edit.positional
         if not jobs:
             return out
         x_, out_ = (self._rows(x), out if y is None else self._rows(out)) if by_rows else (x, out)
         x_ = x_.to(dtype) if x_.is_floating_point() else x_
-        new = route.apply(host.strategy, jobs, x_, None if y is None else out_.to(dtype))
+        edited = x_ if y is None else out_.to(dtype)
+        new = route.apply(now, host.strategy, jobs, x_, None if y is None else edited, spare=dtype != out.dtype)
         return new.reshape(out.shape).to(out.dtype) if by_rows else new.to(out.dtype)
+
+    def _rounded(self, one: WornHere, dtype: torch.dtype) -> Weights:
+        """An adapter's tensors for a forward in this type. Folded ones are in it already, unless it has 16 bits."""
+        step, edit, _, w = one
+        if w is None:
+            w = self.tensors(step.name)  # type: ignore[union-attr]
+            same = dtype.itemsize >= 4 and all(t.dtype == dtype for t in w.values())
+            return w if same else edit.rounded(w, dtype)
+        return edit.rounded(w, dtype) if dtype.itemsize < 4 else w
 
     @property
     def edits_input(self) -> bool:
         """Whether this forward changes what the layer is given."""
-        return bool(self._worn(self._host[0].now.steps)[0])
+        return bool(self.worn(self._host[0].now.steps).before)
 
     def low_rank(self, x: Tensor) -> LowRank | None:
         """What `after` will do to a batch of which the layer is given x, if that is one low-rank edit of all rows."""
         host = self._host[0]
-        before, after = self._worn(host.now.steps)
-        if before or len(after) != 1 or host.precision(x, after) != x.dtype:
+        worn = self.worn(host.now.steps)
+        if worn.before or len(worn.after) != 1 or host.precision(x, worn.after) != x.dtype:
             return None
-        step, edit, place, w = after[0]
+        step, edit, place, w = worn.after[0]
         call = host.now.call(step, place)
         if step.rows is not None or isinstance(step, Stack) or edit.positional or edit.idle(call, x.shape[1]):
             return None
@@ -214,7 +224,8 @@ class Site(nn.Module):
         )
 
     def _pre(self, layer: nn.Module, args: tuple, kwargs: dict):
-        if not (worn := self._worn(self._host[0].now.steps)[0]):
+        worn = self.worn(self._host[0].now.steps)
+        if not worn.before:
             return None
         x, where = _input(args, kwargs)
         new = self.run(worn, x)
@@ -224,52 +235,63 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
-        now = self._host[0].now
-        if self._sole is not None and self._found[0] is now.steps and args and not self.spoken:
-            # Decoding under many adapters is mostly this, at every place: as few calls as it takes.
-            x, (step, edit, place, w) = args[0], self._sole
-            if _plain(out, x, now) and not torch.compiler.is_compiling():
-                return edit.after(w, x, out, now.call(step, place))  # type: ignore[arg-type]
-        if self.spoken or not (worn := self._worn(self._host[0].now.steps)[1]):
-            self._given, self.spoken = None, False
+        worn = self.worn(self._host[0].now.steps)
+        if (x := self._given) is not None:
+            self._given = None  # set where need be: modules are slow to set attributes
+        if self.spoken:
+            self.spoken = False
             return None
-        x, self._given = self._given, None
+        if not worn.after:
+            return None
         x = _input(args, kwargs)[0] if x is None else x
         whole = out[0] if isinstance(out, tuple) else out
         part = self.spot.part
         y = part.get(whole) if part else whole
-        new = self.run(worn, x, y)
+        new = self.run(worn, x, y, spare=part is None and _fresh(layer))
         if new is y:
             return None
         new = part.put(whole, new) if part else new
         return (new, *out[1:]) if isinstance(out, tuple) else new
 
 
-def _serves_all(worn: WornHere, spot: Spot) -> bool:
-    """Whether folded tensors serve every row of every step of a whole layer alike."""
-    step, edit, _, w = worn
-    whole = step.rows is None and w is not None and not edit.positional and type(edit).idle is Edit.idle
-    return whole and spot.part is None and spot.role not in ("embed", "head")
-
-
-def _plain(out: Any, x: Tensor, now: route.Route) -> bool:
-    """Whether a layer's output (B, T, D) is in the type of folded adapters, its rows told apart as they are."""
-    if not isinstance(out, Tensor) or out.dim() != 3 or out.dtype != x.dtype or out.dtype.itemsize < 4:
+def _as_it_is(x: Tensor, out: Tensor, now: route.Route) -> bool:
+    """Whether nothing is trained, and what is edited (B, T, D) is in the type of edits with its rows told apart."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or now.layout is not None:
         return False
-    return now.layout is None and out.shape[0] == now.batch
+    return out.dim() == 3 and out.shape[0] == now.batch and out.dtype == x.dtype and out.dtype.itemsize >= 4
+
+
+def _fresh(layer: nn.Module) -> bool:
+    """Whether nobody else can hold what the layer has just said."""
+    return type(layer) is nn.Linear and len(layer._forward_hooks) == 1 and "forward" not in layer.__dict__
 
 
 WornHere = tuple[route.Step, Edit, Place, Weights | None]
 """A step with something to do at a place; tensors None: the adapter hangs there and may be trained."""
 
 
+@dataclass(eq=False)
+class Worn:
+    """What the steps of a route have to do at one place."""
+
+    steps: tuple[route.Step, ...]
+    before: list[WornHere] = field(default_factory=list)
+    after: list[WornHere] = field(default_factory=list)
+    alike: bool = False
+    """Whether all of it edits a whole layer, and all tokens of all steps alike."""
+
+
 def _worn_here(host: Host, site: Site, step: route.Step) -> WornHere | None:
     key = site.spot.key
-    if isinstance(step, Stack):
-        return (step, step.cut.edits[key], site.wired(step.cut.wirings[key]), step.at[key]) if key in step.at else None
-    if (kept := host.shelf.get(step.name)) is not None:
-        return (step, kept.cut.edits[key], site.wired(kept.cut.wirings[key]), kept.at[key]) if key in kept.at else None
-    return (step, host.edits[step.name], site.places[step.name], None) if step.name in site.places else None
+    folded = step if isinstance(step, Stack) else host.shelf.get(step.name)
+    if folded is not None:
+        if key not in folded.at:
+            return None
+        edit, w = folded.cut.edits[key], folded.at[key]
+        w = w if torch.compiler.is_compiling() else edit.viewed(w)
+        return step, edit, site.wired(folded.cut.wirings[key]), w
+    name = step.name  # type: ignore[union-attr]
+    return (step, host.edits[name], site.places[name], None) if name in site.places else None
 
 
 def _input(args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.core.edit import Call, Edit, Weights
+from inlay.core.edit import Call, Edit, Weights, overwrites
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
@@ -110,14 +110,22 @@ class Bottleneck(Edit):
         """The bottleneck itself: (..., width) -> (..., D_out)."""
         z = F.dropout(z, self.dropout, True) if self.dropout and call.training else z
         inner = ACTIVATIONS[self.activation](rows_product(z, w["D"], w.get("c")))
-        return w.get("s", self.scale) * rows_product(inner, w["U"], w.get("e"))
+        out = rows_product(inner, w["U"], w.get("e"))
+        return out if "s" not in w and self.scale == 1.0 else w.get("s", self.scale) * out
 
+    def _with(self, t: Tensor, w: Weights, z: Tensor, call: Call) -> Tensor:
+        """t + f(z)."""
+        said = self.f(w, z, call)
+        return t.add_(said) if call.spare else t + said
+
+    @overwrites
     def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
-        return x + self.f(w, x, call) if self.wiring_of(call) == "input" else x
+        return self._with(x, w, x, call) if self.wiring_of(call) == "input" else x
 
+    @overwrites
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         wiring = self.wiring_of(call)
-        return y if wiring == "input" else y + self.f(w, x if wiring == "parallel" else y, call)
+        return y if wiring == "input" else self._with(y, w, x if wiring == "parallel" else y, call)
 
 
 @dataclass(frozen=True, kw_only=True)

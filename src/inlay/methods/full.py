@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.core.edit import Call, Edit, Weights
+from inlay.core.edit import Call, Edit, Weights, overwrites
 from inlay.core.method import Method
 from inlay.core.place import Place
 
@@ -72,8 +72,9 @@ class BitFit(Edit):
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {"bias": torch.zeros(place.d_out)} if place.has_bias or self.new else {}
 
+    @overwrites
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        return y + w["bias"]
+        return y.add_(w["bias"]) if call.spare else y + w["bias"]
 
 
 METHODS = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, linear
 
-from inlay.core.edit import Call, Edit, LowRank, Weights
+from inlay.core.edit import Call, Edit, LowRank, Weights, overwrites
 from inlay.core.errors import InlayError
 from inlay.core.method import Method
 from inlay.core.place import Place
@@ -87,13 +87,14 @@ class LoRA(Edit):
         drops = self.dropout and call.training
         return None if drops or "_A0" in w else LowRank(w["A"], w["B"], self.scale)
 
+    @overwrites
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():
             return y + self.scale * linear(column(w["A"], x), w["B"])
         x = dropout(x, self.dropout, True) if self.dropout and call.training else x
         if "_A0" in w:  # less where it started; subtracted first, so that a fresh adapter changes nothing
             return y + (low_rank(x, w["A"], w["B"], self.scale) - low_rank(x, w["_A0"], w["_B0"], self.scale))
-        return low_rank(x, w["A"], w["B"], self.scale, onto=y)
+        return low_rank(x, w["A"], w["B"], self.scale, onto=y, over=call.spare)
 
 
 def side_by_side(parts: Sequence[tuple[float, Weights]]) -> dict[str, Tensor]:
@@ -172,9 +173,11 @@ class _Gained(Edit):
         bias = {"b": sum(s * w["b"] for s, w in parts)} if "b" in parts[0][1] else {}
         return {**side_by_side(parts), "gain": gain, **bias}  # type: ignore[dict-item]
 
+    @overwrites
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        scaled = torch.addcmul(w["b"], y, w["gain"]) if "b" in w else w["gain"] * y
-        return low_rank(x, w["A"], w["B"], 1.0, onto=scaled)
+        out = y if call.spare else None
+        scaled = torch.addcmul(w["b"], y, w["gain"], out=out) if "b" in w else torch.mul(w["gain"], y, out=out)
+        return low_rank(x, w["A"], w["B"], 1.0, onto=scaled, over=call.spare)
 
 
 @dataclass(frozen=True, kw_only=True)

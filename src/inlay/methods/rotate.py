@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
-from inlay.core.edit import Call, Edit, LowRank, Weights
+from inlay.core.edit import Call, Edit, LowRank, Weights, overwrites
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.method import Method
@@ -41,8 +41,18 @@ def join(first: Tensor, second: Tensor, group: int) -> Tensor:
 def paired(t: Tensor) -> Tensor:
     """Neighbours as complex numbers (..., D / 2)."""
     # A view of a longer vector may begin anywhere; a compiler cannot ask where, and drops copies that are not needed.
-    if torch.compiler.is_compiling() or t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1]):
+    if torch.compiler.is_compiling() or not pairs_up(t):
         t = t.clone(memory_format=torch.contiguous_format)
+    return as_pairs(t)
+
+
+def pairs_up(t: Tensor) -> bool:
+    """Whether `as_pairs` can be had of this memory."""
+    return not (t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1]))
+
+
+def as_pairs(t: Tensor) -> Tensor:
+    """Neighbours as complex numbers (..., D / 2): a view."""
     return torch.view_as_complex(t.unflatten(-1, (-1, 2)))
 
 
@@ -278,10 +288,23 @@ class Turn(Edit):
     def idle(self, call: Call, tokens: int) -> bool:
         return self.positional and decoding(call, tokens)
 
+    def viewed(self, w: Weights) -> Weights:
+        return {**w, "c": as_pairs(w["c"])} if "c" in w and pairs_up(w["c"]) else w
+
+    @overwrites
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        new = spin(y, paired(w["c"])) if "c" in w else turn(y, w["R1"], w["R2"], self.group)
+        over = call.spare and not self.positional
+        if "R1" in w:
+            new = turn(y, w["R1"], w["R2"], self.group)
+        else:
+            c = w["c"] if w["c"].is_complex() else paired(w["c"])
+            if over and y.is_contiguous() and pairs_up(y):
+                y.view(c.dtype).mul_(c)
+                new = y
+            else:
+                new = spin(y, c)
         if "A" in w:
-            new = low_rank(x, w["A"], w["B"], 1.0, onto=new)
+            new = low_rank(x, w["A"], w["B"], 1.0, onto=new, over=over)
         return at_last(call, y, new) if self.positional else new
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inlay.core.edit import Call, Edit, Weights
+from inlay.core.edit import Call, Edit, Weights, overwrites
 from inlay.core.method import Method
 from inlay.core.place import Place
 
@@ -37,11 +37,16 @@ class IA3(Edit):
     def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
         return {"l": 1 + sum(s * (w["l"] - 1) for s, w in parts)}  # type: ignore[dict-item]
 
+    @overwrites
     def before(self, w: Weights, x: Tensor, call: Call) -> Tensor:
-        return x * w["l"] if self.wiring_of(call) == "input" else x
+        return self._rescaled(w, x, call) if self.wiring_of(call) == "input" else x
 
+    @overwrites
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        return y if self.wiring_of(call) == "input" else y * w["l"]
+        return y if self.wiring_of(call) == "input" else self._rescaled(w, y, call)
+
+    def _rescaled(self, w: Weights, t: Tensor, call: Call) -> Tensor:
+        return t.mul_(w["l"]) if call.spare else t * w["l"]
 
 
 METHODS = (Method("ia3", IA3, "element-wise rescaling of keys, values and the MLP's inner state"),)
