@@ -187,6 +187,11 @@ class Edit:
         place = call_or_place.place if isinstance(call_or_place, Call) else call_or_place
         return place.wiring or self.default_wiring(place.role)
 
+    def acts(self, place: Place) -> tuple[bool, bool]:
+        """Whether `before` and `after` do anything at this place: one of them, where the method has a choice."""
+        inside = self.wiring_of(place) == "input"
+        return not self.wirings or inside, not self.wirings or not inside
+
     def default_wiring(self, role: str) -> str:
         """The wiring where the placement names none."""
         return self.wirings[0] if self.wirings else ""
@@ -195,7 +200,5 @@ class Edit:
 def phases(edit: Edit, place: Place | None = None) -> tuple[bool, bool]:
     """Whether the edit has a `before` and an `after` of its own, and at this place a use for them."""
     before, after = type(edit).before is not Edit.before, type(edit).after is not Edit.after
-    if place is None or not edit.wirings:
-        return before, after
-    inside = edit.wiring_of(place) == "input"
-    return before and inside, after and not inside
+    acts = (True, True) if place is None else edit.acts(place)
+    return before and acts[0], after and acts[1]

@@ -52,6 +52,9 @@ class Composed(Edit):
     def tokenised(self, tokenizer: Any) -> Edit:
         return replace(self, edits=tuple(e.tokenised(tokenizer) for e in self.edits))
 
+    def acts(self, place: Place) -> tuple[bool, bool]:
+        return True, True  # each part is wired in its own way
+
     def here(self, place: Place, phase: int | None = None) -> Iterator[tuple[int, Edit]]:
         """The parts that hang at a place (and have a `before`, phase 0, or an `after`, 1)."""
         for i, edit in enumerate(self.edits):
