@@ -109,3 +109,24 @@ def test_what_is_shelved_speaks_though_its_sites_were_once_removed(tmp_path):
     host.add("hung", small("lora"), at=places("lora", "llama"), seed=1).remove("hung")
     store.shelve(host, tmp_path, EDITS, "x")
     torch.testing.assert_close(logits(host, "x", **batch()), logits(donor, "lora", **batch()), rtol=1e-4, atol=1e-5)
+
+
+def test_constants_that_adapters_share_are_in_memory_once(tmp_path):
+    donor = inlay.attach(base("llama"))
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        donor.add(name, small("vera", projection_seed=seed), seed=ord(name))
+    excite(donor)
+    host = inlay.attach(base("llama"))
+    for name in "abc":
+        inlay.save(donor, name, tmp_path / name)
+        store.shelve(host, tmp_path / name, EDITS, name)
+    a, b, c = (host.shelf[name] for name in "abc")
+    trained = sum(t.numel() for key, t in donor.tensors("a").items() if not key.startswith("shared/"))
+    assert a.bytes == 4 * trained and a.cut is b.cut and a.cut.alike != c.cut.alike
+    assert a.at["0.q"]["_A"] is b.at["1.down"]["_A"] and not torch.equal(a.at["0.q"]["_A"], c.at["0.q"]["_A"])
+    for name in "abc":
+        kept, loose = donor.tensors(name), host.shelf[name].loose()
+        assert kept.keys() == loose.keys() and all(torch.equal(kept[k], loose[k]) for k in kept)
+    host.strategy, donor.strategy = "stack", "segments"
+    plan, inputs = ["a", "b", "c", None, "b"], batch(5)
+    torch.testing.assert_close(logits(host, *plan, **inputs), logits(donor, *plan, **inputs), rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from tests.laws.zoo import base, batch, excite, logits, methods, places, small
 
 FAMILIES = ["llama", "gptj", "bloom", "opt", "gpt2"]
 STACKED = ["lora", "rslora", "pissa", "dora", "adalora", "ia3", "series", "parallel", "pfeiffer", "compacter"]
-STACKED += ["loha", "lokr", "krona"]
+STACKED += ["loha", "lokr", "krona", "vera"]
 NEAR = dict(rtol=1e-4, atol=1e-5)
 
 

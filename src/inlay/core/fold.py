@@ -39,6 +39,8 @@ class Cut:
     """Whether every place's formula takes a stack of tensors."""
     lengths: tuple[int, ...]
     """Of the pieces, in their order in the vector."""
+    constants: Weights
+    """What all places share and nobody trains: not in the vector, but once in memory for all adapters that have it."""
 
     def views(self, flat: Tensor) -> dict[str, Weights]:
         """place key -> tensors, as parts of one vector (size,), or of rows (n, size): matrices (n, p, q), vectors
@@ -50,7 +52,7 @@ class Cut:
 
         found = {key: {k: part(*p) for k, p in own.items()} for key, own in self.pieces.items()}
         shared = found.pop(SHARED, {})
-        return {key: shared | own for key, own in found.items()}
+        return {key: {**own, **shared, **self.constants} for key, own in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +69,14 @@ class Folded:
 
     def loose(self) -> dict[str, Tensor]:
         """Its tensors by the names that `Host.tensors` gives."""
-        shared = {f"shared/{k}": next(iter(self.at.values()))[k] for k in self.cut.pieces[SHARED]}
+        first = next(iter(self.at.values()))
+        shared = {f"shared/{k}": first[k] for k in (*self.cut.constants, *self.cut.pieces[SHARED])}
         own = {f"{p}/{k}": w[k] for p, w in self.at.items() for k in self.cut.pieces[p]}
         return shared | own
 
     @property
     def bytes(self) -> int:
-        """Of memory."""
+        """Of memory, constants left out."""
         return self.flat.nbytes
 
 
@@ -92,39 +95,57 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
     made = [(p, *edit.folded(tensors[p.key], p)) for p in places]
     first = made[0][2]
     shared = {k: t for k, t in first.items() if len(made) > 1 and all(w.get(k) is t for _, _, w in made)}
-    cut = _cut(made, shared)
-    flat = torch.empty(cut.size, dtype=dtype, device=next(t.device for _, _, w in made for t in w.values()))
-    laid = [*shared.values(), *(t for _, _, w in made for k, t in w.items() if k not in shared)]
+    constants = {k: _constant(t) for k, t in shared.items() if k.startswith("_")}
+    cut = _cut(made, {k: t for k, t in shared.items() if k not in constants}, constants)
+    flat = torch.empty(cut.size, dtype=dtype, device=first[next(iter(first))].device)
+    laid = [t for k, t in shared.items() if k not in constants]
+    laid += [t for _, _, w in made for k, t in w.items() if k not in shared]
     for piece, t in zip(flat.split(cut.lengths), laid, strict=True):
         _shaped(piece, t.shape).copy_(t)
     return Folded(cut, flat)
 
 
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor that is told from others by being the same object."""
+
+    tensor: Tensor
+
+
+_CONSTANTS: WeakValueDictionary[Hashable, Constant] = WeakValueDictionary()
 _CUTS: WeakValueDictionary[Hashable, Cut] = WeakValueDictionary()
 """A thousand adapters of one kind share one cut, and only the first of them makes it."""
 
 
-def _cut(made: Sequence[tuple[Place, Edit, Weights]], shared: Weights) -> Cut:
+def _constant(t: Tensor) -> Constant:
+    key = t.shape, t.dtype, t.device, float(t.sum())
+    if (known := _CONSTANTS.get(key)) is None or not torch.equal(known.tensor, t):
+        known = _CONSTANTS[key] = Constant(t.clone())
+    return known
+
+
+def _cut(made: Sequence[tuple[Place, Edit, Weights]], shared: Weights, constants: Mapping[str, Constant]) -> Cut:
     """How folded tensors lie: what all places share first, then place by place."""
-    shapes = [(SHARED, shared), *((p.key, w) for p, _, w in made)]
+    once = shared.keys() | constants.keys()
+    own = [(p.key, tuple((k, t.shape) for k, t in w.items() if k not in once)) for p, _, w in made]
     alike = (
         tuple((p.key, p.wiring, e, e.stacks(p)) for p, e, _ in made),
-        tuple(
-            (key, tuple((k, t.shape) for k, t in w.items() if key == SHARED or k not in shared)) for key, w in shapes
-        ),
+        ((SHARED, tuple((k, t.shape) for k, t in shared.items())), *own),
+        tuple(constants.items()),
     )
     if (known := _CUTS.get(alike)) is not None:
         return known
     pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
     lengths: list[int] = []
-    for key, own in alike[1]:
+    for key, shapes in alike[1]:
         pieces[key] = {}
-        for k, shape in own:
+        for k, shape in shapes:
             pieces[key][k] = sum(lengths), tuple(shape)
             lengths.append(shape.numel())
     stacks = not shared and all(e.stacks(p) for p, e, _ in made)
     edits, wirings = {p.key: e for p, e, _ in made}, {p.key: p.wiring for p, _, _ in made}
-    cut = _CUTS[alike] = Cut(edits, wirings, pieces, sum(lengths), alike, stacks, tuple(lengths))
+    kept = {k: c.tensor for k, c in constants.items()}
+    cut = _CUTS[alike] = Cut(edits, wirings, pieces, sum(lengths), alike, stacks, tuple(lengths), kept)
     return cut
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from inlay.core.edit import Call, Edit, Weights
 from inlay.core.method import Method
 from inlay.core.place import Place
+from inlay.core.product import rows_product
 from inlay.core.start import linears_only
 
 
@@ -49,9 +49,19 @@ class VeRA(Edit):
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {"d": torch.full((self.rank,), self.d_initial), "b": torch.zeros(place.d_out)}
 
+    def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        return FOLDED, w
+
+    def stacks(self, place: Place) -> bool:
+        return True
+
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        A, B = w["_A"][:, : x.shape[-1]], w["_B"][: y.shape[-1]]
-        return y + w["b"] * linear(w["d"] * linear(x, A), B)
+        A, B = w["_A"][..., : x.shape[-1]], w["_B"][..., : y.shape[-1], :]
+        return y + w["b"] * rows_product(w["d"] * rows_product(x, A), B)
+
+
+FOLDED = VeRA(rank=1)
+"""What VeRA comes to, whatever its settings: they speak of its start only."""
 
 
 METHODS = (Method("vera", VeRA, "trained vectors around random matrices that all places share"),)
