@@ -20,7 +20,10 @@ class Unfused(Packed):
 
     @contextlib.contextmanager
     def active(self):
-        with patch("inlay.train.ways.fused_linears", lambda host, steady: contextlib.nullcontext()), super().active():
+        with (
+            patch("inlay.engine.engaged.fused_linears", lambda host, steady: contextlib.nullcontext()),
+            super().active(),
+        ):
             yield
 
 

@@ -15,7 +15,7 @@ from tests.laws.zoo import base, dressed, excite, small
 
 
 def found(host, name, recompute: bool):
-    leave = contextlib.nullcontext() if recompute else patch("inlay.train.ways.gated_mlps", contextlib.nullcontext)
+    leave = contextlib.nullcontext() if recompute else patch("inlay.engine.engaged.gated_mlps", contextlib.nullcontext)
     with leave:
         return gradients(host, name, Packed(host, 0, 14), ROWS)
 
@@ -38,7 +38,9 @@ def test_what_a_block_keeps(monkeypatch):
     wide, tokens = host.model.config.intermediate_size, sum(len(r.input_ids) for r in ROWS)
 
     def kept(recompute: bool) -> int:
-        leave = contextlib.nullcontext() if recompute else patch("inlay.train.ways.gated_mlps", contextlib.nullcontext)
+        leave = (
+            contextlib.nullcontext() if recompute else patch("inlay.engine.engaged.gated_mlps", contextlib.nullcontext)
+        )
         seen: dict[int, torch.Tensor] = {}
 
         def note(t: torch.Tensor) -> torch.Tensor:

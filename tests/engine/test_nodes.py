@@ -31,7 +31,7 @@ def nothing(*_: object) -> contextlib.AbstractContextManager[None]:
 def without(*names: str):
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(patch(f"inlay.train.ways.{name}", nothing))
+            stack.enter_context(patch(f"inlay.engine.engaged.{name}", nothing))
         yield
 
 

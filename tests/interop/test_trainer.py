@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 
 import pytest
 import torch
@@ -425,6 +426,44 @@ def test_packed_sft_learns_what_sft_learns(tmp_path, tokenizer, method, padding_
         lines = [line for line in t.state.log_history if "loss" in line]
         made.append([[line[k] for k in ("loss", "grad_norm", "entropy", "mean_token_accuracy")] for line in lines])
     near(*made)
+
+
+@pytest.mark.parametrize("method", ["lora", "road1"])
+def test_packed_sft_under_autocast_learns_what_sft_learns(tmp_path, tokenizer, method):
+    made = []
+    for packing in (False, True):
+        host = wearing(method).use("a")
+        t = sft(host, tmp_path, texts(22), tokenizer, max_steps=4, bf16=True)
+        with packed_forward(host) if packing else contextlib.nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="batches are padded")
+            t.train()
+        assert not torch.is_autocast_enabled("cpu")
+        lines = [line for line in t.state.log_history if "loss" in line]
+        made.append([[line[k] for k in ("loss", "grad_norm")] for line in lines])
+    for got, want in zip(*made, strict=True):
+        assert got == pytest.approx(want, rel=3e-2)
+
+
+def test_packed_forward_computes_by_the_nodes_of_the_own_loop():
+    """Groups of layers, gated MLPs, norms and positions are the engine's; the last MLP sees learned tokens only."""
+    host = wearing(at="linear").use("a")
+    model, batch = host.model.train(), pad(rows(5, prompt=True))
+    learned = int((batch["labels"][:, 1:] != -100).sum())
+    seen = []
+    handle = model.model.layers[-1].mlp.register_forward_pre_hook(lambda m, given: seen.append(given[0].shape[:-1]))
+    with packed_forward(host):
+        loss = model(**batch).loss
+    handle.remove()
+    met, new = set(), [loss.grad_fn]
+    while new:
+        node = new.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            new += [f for f, _ in node.next_functions]
+    names = {n.name() for n in met}
+    assert {"LinearsBackward", "GatedBackward", "RMSNormBackward", "RotaryBackward"} <= names
+    assert seen[-1].numel() == learned
+    assert all("forward" not in vars(m) for m in model.modules())
 
 
 def test_either_goes_on_from_the_others_checkpoint(tmp_path):

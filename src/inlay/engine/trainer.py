@@ -26,12 +26,13 @@ from transformers.utils import ModelOutput
 from inlay.api import attach
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
-from inlay.engine.attention import apart, set_attention
+from inlay.engine.attention import set_attention
+from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, scored
 from inlay.engine.head import hidden, loss_sum, refused
-from inlay.engine.linear import fast_linears
 from inlay.engine.loss import at_a_time
 from inlay.engine.pack import Pack, pack, rounding
+from inlay.engine.steady import Steady
 
 SPARED = ("use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Arguments that packing makes needless."""
@@ -89,14 +90,13 @@ def packed_forward(model: Any) -> Iterator[Host]:
     for p in learns:  # what PEFT or the user trains goes on learning
         p.requires_grad_(True)
     forward, had = inner.forward, "forward" in vars(inner)
-    fast, host.fast = host.fast, True
+    stands_in = _Forward(host, forward, inner.config._attn_implementation)
     try:
-        attention = inner.config._attn_implementation
-        with host.decoder_only(), apart(host), fast_linears(inner):
-            inner.forward = _Forward(host, forward, attention).wrapped()
+        with host.decoder_only(), stands_in.engine:
+            stands_in.engage()
+            inner.forward = stands_in.wrapped()
             yield host
     finally:
-        host.fast = fast
         if had:
             inner.forward = forward
         else:
@@ -124,6 +124,12 @@ class _Forward:
         self.wrong: str | None = None
         """Why this model cannot be packed; empty if it can, None before it was tried."""
         self.said: set[str] = set()
+        self.engine, self.steady = contextlib.ExitStack(), Steady()
+
+    def engage(self, narrow: bool = True) -> None:
+        """Let forwards compute by the engine from now on; see `engaged`."""
+        self.engine.close()
+        self.engine.enter_context(engaged(self.host, self.steady, narrow))
 
     def wrapped(self) -> Callable[..., Any]:
         """Under the signature of the model's own: trainers look at it."""
@@ -157,6 +163,7 @@ class _Forward:
 
     def _plain(self, **given: Any) -> Any:
         """The model's own forward under its own attention."""
+        self.steady.clear()
         with self._own_attention():
             return self.forward(**given)
 
@@ -192,31 +199,49 @@ class _Forward:
         """Whether a few short sequences have the same loss both ways; if not, what differs."""
         model = self.host.model
         some = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if scored(labels[n])][:3]
+        ids, labels = [ids[n] for n in some], [labels[n] for n in some]
         training = model.training
         model.eval()
         try:
-            with self._own_attention():
-                if why := refused(self.host):
-                    return why
-            want = 0.0
-            for n in some:
-                row = {
-                    k: torch.tensor([v], device=self.host.device)
-                    for k, v in (("input_ids", ids[n]), ("labels", labels[n]))
-                }
-                want += float(self._plain(**row).loss) * scored(labels[n])
-            got = float(loss_sum(self.host, pack(self.host, [ids[n] for n in some], [labels[n] for n in some])))
+            self.engine.close()
+            # Without what a trainer put around the forward: accelerate's autocast, entered twice, is never left.
+            with _under(model, self.forward):
+                why = refused(self.host)
+                want = 0.0 if why else sum(self._bare(*row) for row in zip(ids, labels, strict=True))
         except Exception as e:  # a decoder that nobody has seen may fail anywhere
-            return f"{type(e).__name__}: {e}"
+            why = f"{type(e).__name__}: {e}"
+        finally:
+            self.engage()
+        try:
+            if not why and (why := self._differs(ids, labels, want)):
+                self.engage(narrow=False)
+                why = self._differs(ids, labels, want)
+            if why:  # the model goes on as if nothing had been asked of it
+                self.engine.close()
         finally:
             model.train(training)
-        return (
-            ""
-            if abs(got - want) <= rounding(self.host.dtype) * abs(want)
-            else f"the loss would change from {want:.6g} to {got:.6g}"
-        )
+        return why
+
+    def _bare(self, ids: list[int], labels: list[int]) -> float:
+        """Summed loss of one sequence, as the model computes it."""
+        row = {"input_ids": ids, "labels": labels}
+        made = self.forward(**{k: torch.tensor([v], device=self.host.device) for k, v in row.items()})
+        return float(made.loss) * scored(labels)
+
+    def _differs(self, ids: list[list[int]], labels: list[list[int]], want: float) -> str:
+        """What is wrong with a packed forward of these; empty if nothing is."""
+        try:
+            self.steady.clear()
+            got = float(loss_sum(self.host, pack(self.host, ids, labels)))
+        except Exception as e:  # as above
+            return f"{type(e).__name__}: {e}"
+        kind = self.host.device.type
+        coarse = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.host.dtype
+        near = abs(got - want) <= rounding(coarse) * abs(want)
+        return "" if near else f"the loss would change from {want:.6g} to {got:.6g}"
 
     def _packed(self, ids: list[list[int]], labels: list[list[int]], given: dict[str, Any]) -> Any:
+        self.steady.clear()  # no step is announced here; a pack is at least as short
         made = pack(self.host, ids, labels)
         count = given.get("num_items_in_batch")
         count = max(made.learned, 1) if count is None else count
@@ -227,6 +252,16 @@ class _Forward:
             where = where & (given["position_ids"][:, 1:] != 0)
         told = [t.new_zeros(where.shape).masked_scatter(where, t) for t in _tokens(self.host, made)]
         return TokenOutput(-told[0].sum() / count, *told, where)  # type: ignore[call-arg]
+
+
+@contextlib.contextmanager
+def _under(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, the model's forward is this one."""
+    outer, model.forward = model.forward, forward
+    try:
+        yield
+    finally:
+        model.forward = outer
 
 
 def _sequences(given: dict[str, Any], flat: bool) -> tuple[list[list[int]], list[list[int]]]:

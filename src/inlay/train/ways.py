@@ -17,17 +17,11 @@ from torch.nn import functional as F
 
 from inlay.core.host import Host
 from inlay.engine import head
-from inlay.engine.attention import apart
 from inlay.engine.cache import Cache
+from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, Example, unlearned
-from inlay.engine.fused import fused_linears
-from inlay.engine.gated import gated_mlps
 from inlay.engine.head import Read
-from inlay.engine.last import only_read
-from inlay.engine.linear import fast_linears
-from inlay.engine.norm import rms_norms
 from inlay.engine.pack import Pack, budget, pack, packs, rounding
-from inlay.engine.rotary import rotary
 from inlay.engine.steady import Steady
 from inlay.train.batches import Batch, collate
 from inlay.train.settings import TrainSettings
@@ -141,23 +135,10 @@ class Packed:
         told = f"the {self.cache.below} lower blocks of {self.host.anatomy.layers} run once per example"
         return f"{told}; caching that takes {self.cache.bytes:,} bytes"
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Attention within sequences, and the faster products."""
-        fast, self.host.fast = self.host.fast, True
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(apart(self.host))
-                stack.enter_context(fused_linears(self.host, self.steady))
-                stack.enter_context(gated_mlps(self.host))
-                stack.enter_context(rms_norms(self.host.model))
-                stack.enter_context(rotary(self.host))
-                stack.enter_context(fast_linears(self.host.model))
-                if self.narrow and (self.cache is None or self.cache.below < self.host.anatomy.layers):
-                    stack.enter_context(only_read(self.host))
-                yield
-        finally:
-            self.host.fast = fast
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Attention within sequences, and the engine's own nodes."""
+        narrow = self.narrow and (self.cache is None or self.cache.below < self.host.anatomy.layers)
+        return engaged(self.host, self.steady, narrow)
 
 
 def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:
