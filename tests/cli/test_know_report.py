@@ -128,7 +128,9 @@ def test_report_from_a_watched_run_has_a_null_where_the_base_is_given(base, fact
         "down",
     )
     out = tmp_path / "run"
-    code, _, err = inlay_("know", "watch", "--model", base, *argv, "--lr", 0.1, "--out", out, "--no-progress")
+    code, _, err = inlay_(
+        "know", "watch", "--model", base, *argv, "--lr", 0.1, "--at-steps", 1, 2, 4, "--out", out, "--no-progress"
+    )
     assert code == 0, err
     for more, has in (((), False), (("--model", base), True)):
         page = tmp_path / f"page{has}"

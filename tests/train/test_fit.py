@@ -173,10 +173,10 @@ def test_seed_decides_everything(tmp_path):
 
 
 def test_best_or_last(tmp_path):
-    """A learning rate that makes things worse after step 2: `best` must not be the end."""
+    """A learning rate that makes things worse halfway: `best` must not be the end."""
     data, val = rows(8), rows(6, seed=9)
     best, last = wearing(), wearing()
-    changes = {"eval_every": 1, "steps": 12, "lr": 3.0, "keep_last": 1, "save_every": 3, "warmup": 4}
+    changes = {"eval_every": 1, "steps": 12, "lr": 0.3, "keep_last": 1, "save_every": 3, "warmup": 4}
     r = fit(best, "a", data, val, settings(tmp_path / "best", **changes), tmp_path / "best", None)
     vals = [m["val_loss"] for m in lines(tmp_path / "best")]
     assert r.final == "best" and r.val_loss == min(vals) and r.best_step == vals.index(min(vals)) + 1 < 12

@@ -62,7 +62,7 @@ class Rotary(torch.autograd.Function):
 def _served(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     mapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     alike = x.dtype == cos.dtype == sin.dtype and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0
-    return alike and not mapped and torch.is_grad_enabled() and x.requires_grad and not cos.requires_grad
+    return alike and not mapped and not cos.requires_grad
 
 
 def _apply(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
