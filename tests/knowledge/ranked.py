@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,26 @@ def run(out: Path, know: dict[str, Any], changes: dict[str, Any]) -> int:
 
 def run_each(runs: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[int]:
     """The same, one after the other in one process group."""
+    with _group():
+        return [run(*own) for own in runs]
+
+
+def watched(out: Path) -> None:
+    """A watched run, and its last four steps again."""
+    from tests.knowledge.test_track import run as watch
+    from tests.knowledge.test_track import tracker
+
+    with _group():
+        watch(out, tracker(), parallel="ddp")
+        watch(out, tracker(), parallel="ddp", resume=out / "checkpoint-2")
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[None]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     try:
-        return [run(*own) for own in runs]
+        yield
     finally:
         dist.destroy_process_group()

@@ -21,6 +21,8 @@ from inlay.knowledge.weights import soft_distance
 from inlay.knowledge.wording import answer_of, examples
 from inlay.train import fit
 from tests.evaluate.tiny import base, tokenizer
+from tests.knowledge import ranked
+from tests.train.ranked import launch
 from tests.train.tiny import copy, same
 from tests.train.tiny import settings as train_settings
 
@@ -136,6 +138,18 @@ def test_what_a_resumed_run_does_again_is_forgotten(tmp_path):
     before = files(tmp_path / "r")
     again = run(tmp_path / "r", tracker(), resume=tmp_path / "r" / "checkpoint-2")
     assert same(copy(whole), copy(again)) and files(tmp_path / "r") == before
+
+
+def test_two_ranks_watch_as_one(tmp_path):
+    run(tmp_path / "one", tracker())
+    assert launch(2, ranked.watched, tmp_path / "two", patience=120) == [None, None]
+    one, two = (read_watched(tmp_path / d) for d in ("one", "two"))
+    assert [s["step"] for s in two.snapshots] == [0, 2, 4, 6] and [p["step"] for p in two.probes] == [1, 3, 5]
+    for a, b in zip(one.snapshots, two.snapshots, strict=True):
+        assert a["answers"] == b["answers"] and a["retention_em"] == b["retention_em"] and a["state"] == b["state"]
+        assert a["distance"] == pytest.approx(b["distance"], abs=1e-6)
+    for a, b in zip(one.probes, two.probes, strict=True):
+        assert a["before"] == pytest.approx(b["before"], abs=1e-5) and a["after"] == pytest.approx(b["after"], abs=1e-5)
 
 
 def test_another_watch_of_the_same_run_is_refused(tmp_path):
