@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, machine
 
 MARK = "<!-- measured -->"
+REQUESTS = re.compile(r"heterogeneous RoAd, +(\d+) requests")
 
 
 def write(path: Path = RESULTS) -> None:
@@ -18,8 +20,13 @@ def write(path: Path = RESULTS) -> None:
     machines = by_processor(results)
     tables = "\n\n".join(f"### {name}\n\n{table(own)}" for name, own in machines.items())
     last = list(machines)[0]
-    page.write_text(f"{text}{MARK}\n\n![times faster, {last}]({page.stem}.png)\n\n{tables}\n")
-    plot(machines[last], path.with_suffix(".png"), last)
+    pictures = f"![times faster, {last}]({page.stem}.png)"
+    plot([r for r in machines[last] if not REQUESTS.match(r["workload"])], path.with_suffix(".png"), last)
+    if requests := [r for r in machines[last] if REQUESTS.match(r["workload"])]:
+        file = path.with_name(f"{path.stem}_requests.png")
+        plot_requests(requests, file, last)
+        pictures += f"\n\n![RoAd over LoRA, by requests, {last}]({file.name})"
+    page.write_text(f"{text}{MARK}\n\n{pictures}\n\n{tables}\n")
 
 
 def by_processor(results: list[dict]) -> dict[str, list[dict]]:
@@ -54,13 +61,45 @@ def table(results: list[dict]) -> str:
     return "\n".join([*lines, "", f"Measured {when} on:", "", about, "", "Commands:", "", commands])
 
 
-def plot(results: list[dict], file: Path, title: str) -> None:
-    """How many times faster, as bars with the range over rounds."""
+def plot_requests(results: list[dict], file: Path, title: str) -> None:
+    """How many times faster RoAd is than each way of LoRA, over the requests in a batch."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for peer, colour, mark in zip(sorted({r["peer_is"] for r in results}), ("#c8553d", "#3b7dd8"), "os", strict=False):
+        own = sorted((int(REQUESTS.match(r["workload"])[1]), r) for r in results if r["peer_is"] == peer)  # type: ignore[index]
+        ratios = [r["ratio"] for _, r in own]
+        ranges = [[r["ratio"] - r["low"] for _, r in own], [r["high"] - r["ratio"] for _, r in own]]
+        axis.errorbar([n for n, _ in own], ratios, ranges, label=peer, color=colour, marker=mark, capsize=3)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_xscale("log", base=2)
+    ticks = sorted({int(REQUESTS.match(r["workload"])[1]) for r in results})  # type: ignore[index]
+    axis.set_xticks(ticks, [str(n) for n in ticks])
+    axis.set_xlabel("requests in the batch, each with an adapter of its own")
+    axis.set_ylabel("tokens a second with RoAd,\ntimes those with LoRA")
+    axis.set_title(f"{title} (median of rounds; whiskers: range)", fontsize=9, loc="left")
+    axis.legend(frameon=False)
+    _save(figure, axis, file)
+
+
+def _pyplot():  # type: ignore[no-untyped-def]
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def _save(figure, axis, file: Path) -> None:  # type: ignore[no-untyped-def]
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.savefig(file, dpi=140)
+    _pyplot().close(figure)
+
+
+def plot(results: list[dict], file: Path, title: str) -> None:
+    """How many times faster, as bars with the range over rounds."""
+    plt = _pyplot()
     shown = [r for r in results if r["metric"] == "times faster" and r["ratio"] < 30]
     figure, axis = plt.subplots(figsize=(9, 0.32 * len(shown) + 1.2), layout="constrained")
     names = [f"{r['workload']}  |  {r['peer_is']}" for r in shown]
@@ -74,7 +113,4 @@ def plot(results: list[dict], file: Path, title: str) -> None:
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel("times faster than the peer (bars: median of rounds; whiskers: range)")
     axis.tick_params(axis="y", labelsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.savefig(file, dpi=140)
-    plt.close(figure)
+    _save(figure, axis, file)
