@@ -109,7 +109,7 @@ def plot(results: list[dict], file: Path, title: str) -> None:
     axis.axvline(1, color="black", linewidth=1)
     for y, ratio in enumerate(ratios):
         axis.text(shown[y]["high"] + 0.15, y, f"{ratio:.2f}×", va="center", fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.4, -0.6)
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel("times faster than the peer (bars: median of rounds; whiskers: range)")
     axis.tick_params(axis="y", labelsize=8)
