@@ -11,6 +11,7 @@ import torch
 import inlay
 from inlay.engine.fused import fused_linears
 from inlay.train.ways import Packed
+from tests.engine.graph import nodes
 from tests.engine.test_packed import ROWS, gradients
 from tests.laws.zoo import base, dressed, excite, small
 
@@ -39,13 +40,7 @@ def test_fused_is_unfused(family, name):
 
 
 def count_nodes(loss: torch.Tensor, name: str) -> int:
-    found, todo = set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [n for n, _ in node.next_functions]
-    return sum(name in n.name() for n in found)
+    return sum(name in n for n in nodes(loss))
 
 
 def test_groups_are_one_node_each():

@@ -15,6 +15,7 @@ from inlay.engine.trainer import PackingCollator, packed_forward
 from inlay.interop.trainer import AdapterCallback
 from inlay.train import fit
 from inlay.train.batches import collate
+from tests.engine.graph import nodes
 from tests.train.tiny import base, copy, rows, same, settings, wearing
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
@@ -454,14 +455,7 @@ def test_packed_forward_computes_by_the_nodes_of_the_own_loop():
     with packed_forward(host):
         loss = model(**batch).loss
     handle.remove()
-    met, new = set(), [loss.grad_fn]
-    while new:
-        node = new.pop()
-        if node is not None and node not in met:
-            met.add(node)
-            new += [f for f, _ in node.next_functions]
-    names = {n.name() for n in met}
-    assert {"LinearsBackward", "GatedBackward", "RMSNormBackward", "RotaryBackward"} <= names
+    assert {"LinearsBackward", "GatedBackward", "RMSNormBackward", "RotaryBackward"} <= set(nodes(loss))
     assert seen[-1].numel() == learned
     assert all("forward" not in vars(m) for m in model.modules())
 

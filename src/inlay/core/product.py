@@ -100,6 +100,11 @@ def add_rows_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tens
     return onto
 
 
+def looked_on() -> bool:
+    """Whether a compiler or a transform of functions (vmap) looks on: they see through plain operations only."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = None, over: bool = False) -> Tensor:
     """s B A x, added to `onto` if given; A (R, D_in), B (D_out, R). Backward keeps x, A x and the factors only.
 
@@ -113,8 +118,8 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = No
     if A.dim() == 3:
         h = torch.bmm(x, A.mT)
         return s * torch.bmm(h, B.mT) if onto is None else torch.baddbmm(onto, h, B.mT, alpha=s)
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        out = s * linear(linear(x, A), B)  # compiled or mapped: both see through plain operations only
+    if looked_on():
+        out = s * linear(linear(x, A), B)
         return out if onto is None else onto + out
     flat = None if onto is None else onto.flatten(0, -2)
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core.edit import LowRank
 from inlay.core.host import Host
-from inlay.core.product import add_product, product
+from inlay.core.product import add_product, looked_on, product
 from inlay.core.site import Site
 from inlay.engine.linear import forwards, frozen, plain, weight_of
 from inlay.engine.steady import Map, Steady, gain_gradient, mapped, turn_gradients
@@ -216,9 +216,8 @@ def _fit(m: Any, site: Site | None, x: Tensor) -> bool:
     hooks = len(m._forward_hooks) == (
         site is not None
     )  # hooks before it change what the forward and the site see alike
-    mapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     same = x.dtype == m.weight.dtype and x.device == m.weight.device and not x.is_inference()
-    return hooks and same and not mapped and not torch.is_autocast_enabled(x.device.type)
+    return hooks and same and not looked_on() and not torch.is_autocast_enabled(x.device.type)
 
 
 @contextlib.contextmanager

@@ -31,13 +31,17 @@ class FrozenLinear(torch.autograd.Function):
 @contextlib.contextmanager
 def forwards(of: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     """Within the block, these modules compute by these functions; their hooks stay."""
+    before = {module: vars(module).get("forward") for module in of}
     for module, function in of.items():
         module.forward = function
     try:
         yield
     finally:
-        for module in of:
-            del module.forward
+        for module, own in before.items():
+            if own is None:
+                vars(module).pop("forward", None)  # a trainer may have taken it away already
+            else:
+                module.forward = own
 
 
 def fast_linears(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.product import looked_on
 from inlay.engine.linear import forwards
 from inlay.engine.source import says
 
@@ -48,8 +49,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
-    mapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    if mapped or norm.weight.requires_grad:
+    if looked_on() or norm.weight.requires_grad:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
     same = x.dtype == norm.weight.dtype and x.device == norm.weight.device
     return RMSNorm.apply(x, norm.weight, norm.variance_epsilon) if same else type(norm).forward(norm, x)  # type: ignore[no-any-return]

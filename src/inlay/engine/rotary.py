@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.host import Host
+from inlay.core.product import looked_on
 from inlay.engine.source import says
 
 NAME, HALF = "apply_rotary_pos_emb", "rotate_half"
@@ -60,9 +61,8 @@ class Rotary(torch.autograd.Function):
 
 
 def _served(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    mapped = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     alike = x.dtype == cos.dtype == sin.dtype and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0
-    return alike and not mapped and not cos.requires_grad
+    return alike and not looked_on() and not cos.requires_grad
 
 
 def _apply(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:

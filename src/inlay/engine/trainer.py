@@ -30,6 +30,7 @@ from inlay.engine.attention import set_attention
 from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, scored
 from inlay.engine.head import hidden, loss_sum, refused
+from inlay.engine.linear import forwards
 from inlay.engine.loss import at_a_time
 from inlay.engine.pack import Pack, pack, rounding
 from inlay.engine.steady import Steady
@@ -89,18 +90,12 @@ def packed_forward(model: Any) -> Iterator[Host]:
     host = own if isinstance(own, Host) else attach(inner)
     for p in learns:  # what PEFT or the user trains goes on learning
         p.requires_grad_(True)
-    forward, had = inner.forward, "forward" in vars(inner)
-    stands_in = _Forward(host, forward, inner.config._attn_implementation)
+    stands_in = _Forward(host, inner.forward, inner.config._attn_implementation)
     try:
-        with host.decoder_only(), stands_in.engine:
+        with host.decoder_only(), stands_in.engine, forwards({inner: stands_in.wrapped()}):
             stands_in.engage()
-            inner.forward = stands_in.wrapped()
             yield host
     finally:
-        if had:
-            inner.forward = forward
-        else:
-            vars(inner).pop("forward", None)
         if own is None:
             host.detach()
 
@@ -205,7 +200,7 @@ class _Forward:
         try:
             self.engine.close()
             # Without what a trainer put around the forward: accelerate's autocast, entered twice, is never left.
-            with _under(model, self.forward):
+            with forwards({model: self.forward}):
                 why = refused(self.host)
                 want = 0.0 if why else sum(self._bare(*row) for row in zip(ids, labels, strict=True))
         except Exception as e:  # a decoder that nobody has seen may fail anywhere
@@ -252,16 +247,6 @@ class _Forward:
             where = where & (given["position_ids"][:, 1:] != 0)
         told = [t.new_zeros(where.shape).masked_scatter(where, t) for t in _tokens(self.host, made)]
         return TokenOutput(-told[0].sum() / count, *told, where)  # type: ignore[call-arg]
-
-
-@contextlib.contextmanager
-def _under(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, the model's forward is this one."""
-    outer, model.forward = model.forward, forward
-    try:
-        yield
-    finally:
-        model.forward = outer
 
 
 def _sequences(given: dict[str, Any], flat: bool) -> tuple[list[list[int]], list[list[int]]]:

@@ -72,11 +72,8 @@ class Running:
         else:
             self._close_up()
             self.fed, where = [row for row in self.live if row is not None], list(range(len(self.live)))
-        self._began, self._length, self._where = (
-            bool(free),
-            list(self.cache.length),
-            dict(zip(self.fed, where, strict=True)),
-        )
+        self._began, self._length = bool(free), list(self.cache.length)
+        self._where = dict(zip(self.fed, where, strict=True))
         self.torn = False
         if free:
             logits, self._planned = self.begin(free, self.fed), False
