@@ -24,6 +24,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a letter or digit."""
+    from tests.interop.trainers import letters
+
+    return letters()
+
+
 def pytest_sessionfinish(session, exitstatus):
     from tests.interop import peers
 
