@@ -100,6 +100,38 @@ def test_the_least_recently_used_leave_at_the_budget_and_come_back(host, root, f
     assert bank.bytes == sum(f.bytes for f in host.shelf.values()) <= bank.room
 
 
+def test_what_adapters_share_counts_once_while_one_of_them_is_in_memory(host, folder):
+    own = inlay.attach(tiny.base("llama"))
+    for i in range(3):
+        method = inlay.method("vera")
+        own.add(f"v{i}", method.make(rank=8), at=["q"], seed=0)
+        for p in own.parameters(f"v{i}"):
+            p.data.add_(0.1 + i)
+        inlay.save(own, f"v{i}", folder / f"v{i}")
+    trained = 4 * sum(p.numel() for p in own.parameters("v0"))
+    shared = 4 * sum(t.numel() for k, t in own.tensors("v0").items() if k.startswith("shared/_"))
+    assert shared > trained > 0
+    bank = Bank(host, [folder], room=shared + 2 * trained)
+    bank.bring("v0").release()
+    assert bank.bytes == shared + trained
+    bank.bring("v1").release()
+    assert bank.bytes == shared + 2 * trained == bank.room and worn(host) == {"v0", "v1"}
+    bank.bring("v2").release()
+    assert bank.bytes == bank.room and worn(host) == {"v1", "v2"}
+    held = bank.bring("v1")
+    bank.unload("v2")
+    assert bank.bytes == shared + trained
+    bank.unload("v1")
+    assert bank.bytes == shared + trained, "who holds it on needs the shared ones as well"
+    held.release()
+    bank.sweep()
+    assert bank.bytes == 0 and not host.edits
+    bank.room = shared + trained - 4
+    bank.bring("v0").release()
+    bank.bring("lora").release()
+    assert worn(host) == {"lora"} and bank.bytes == sum(f.bytes for f in host.shelf.values())
+
+
 def test_what_is_in_use_stays_though_it_has_no_room_and_leaves_when_it_is_released(host, root, folder):
     bank = Bank(host, [folder], room=0)
     leases = [bank.bring(name) for name in ("lora", "series", "sum(0.5*lora, series)")]

@@ -10,6 +10,7 @@ import time
 import openai
 import pytest
 
+from inlay.methods.bottleneck import Bottleneck
 from tests.serve import tiny_server
 from tests.serve.tiny_server import ADMIN, wait
 
@@ -163,9 +164,32 @@ def test_adapters_are_loaded_replaced_and_unloaded(root, tmp_path):
         assert served.http("POST", "/admin/adapters/y", headers=ADMIN, json={"path": "lora"}).status_code == 400
         with pytest.raises(openai.InternalServerError) as e:
             says("broken")
-        assert e.value.status_code == 503 and e.value.code == "adapter_broken"
+        assert e.value.status_code == 500 and e.value.code == "adapter_broken"
         assert (says("lora"), says("series")) == (was, series)
         assert served.metric('inlay_adapter_changes_total{what="refused"}') >= 8
+
+
+def test_an_adapter_that_failed_is_refused_until_it_is_loaded_anew(root, monkeypatch):
+    with tiny_server.inside(root) as served:
+
+        def ask(model):
+            return served.http("POST", "/v1/completions", json=TEXT | {"model": model})
+
+        assert ask("series").status_code == 200
+        with monkeypatch.context() as m:
+            m.setattr(Bottleneck, "after", None)
+            assert ask("series").json()["error"]["code"] == "model_failed"
+        for model in ("series", "lora+series"):
+            got = ask(model)
+            error = got.json()["error"]
+            assert (got.status_code, error["code"], got.headers["x-should-retry"]) == (500, "adapter_broken", "false")
+            assert "'series'" in error["message"] and "PUT /admin/adapters" in error["message"]
+        assert ask("lora").status_code == 200
+        listed = served.http("GET", "/admin/adapters", headers=ADMIN).json()["adapters"]
+        assert [(a["name"], "TypeError" in a["error"]) for a in listed if a["state"] == "broken"] == [("series", True)]
+        assert served.metric("inlay_adapters_broken") == 1 == served.metric('inlay_rows_ended_total{how="failed"}')
+        assert served.http("PUT", "/admin/adapters/series", headers=ADMIN).status_code == 200
+        assert ask("series").status_code == 200 and served.metric("inlay_adapters_broken") == 0
 
 
 def endless(served):

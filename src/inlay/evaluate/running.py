@@ -9,6 +9,7 @@ import collections
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,15 +88,22 @@ class Running:
 
     def again(self, rows: Sequence[Row]) -> list[Row]:
         """Some rows of a step that failed in its forward (or it would be `torn`), by themselves."""
+        return self._hear(self._fed_again([self._where[row] for row in rows], rows), rows)
+
+    def try_on(self, row: Row, worn: Worn) -> None:
+        """The forward of `again` for a row that wears something else: it raises or not, and nobody hears its token. The
+        row cannot go on after that."""
+        self._fed_again([self._where[row]], [replace(row, worn=worn)])
+
+    def _fed_again(self, where: Sequence[int], rows: Sequence[Row]) -> Tensor:
         self.torn = False
-        where = [self._where[row] for row in rows]
         for s in where:
             self.cache.length[s] = self._length[s]
         self._planned = False
         if self._began:
-            return self._hear(self.begin(where, rows), rows)
+            return self.begin(where, rows)
         self.host.use(*one_plan([row.worn for row in rows]))
-        return self._hear(self.cache.go_on(where, [row.tokens[-1:] for row in rows]), rows)
+        return self.cache.go_on(where, [row.tokens[-1:] for row in rows])
 
     def _hear(self, logits: Tensor, rows: Sequence[Row]) -> list[Row]:
         """Give each row its next token."""

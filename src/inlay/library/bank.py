@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,49 +29,12 @@ from inlay.library.compose import compose
 from inlay.library.errors import BankError
 from inlay.library.names import parts, render
 from inlay.library.sources import Sources, fetch
+from inlay.library.versions import Lease, Memory, Version
 
 log = logging.getLogger(__name__)
 
 BYTES = 4 << 30
 """Memory that a bank's adapters may take by default."""
-
-
-@dataclass(eq=False)
-class Version:
-    """An adapter on the host's shelf."""
-
-    name: str
-    shelved: str
-    """Its name on the host."""
-    source: str
-    since: float = field(default_factory=time.time)
-    users: int = 0
-    bytes: int = 0
-    """Of memory."""
-
-
-@dataclass
-class Lease:
-    """What one row wears, kept in memory until it is released."""
-
-    worn: Worn = ()
-    """For `Host.use`: names on the host."""
-    room: int = 0
-    """Positions that its virtual tokens take."""
-    versions: tuple[Version, ...] = ()
-    owner: Bank | None = None
-
-    def again(self) -> Lease:
-        """Another hold on the same versions."""
-        if self.owner is not None:
-            self.owner._hold(self.versions)
-        return replace(self)
-
-    def release(self) -> None:
-        """Let go; once is enough."""
-        owner, self.owner = self.owner, None
-        if owner is not None:
-            owner._let_go(self.versions)
 
 
 class Bank:
@@ -109,8 +70,10 @@ class Bank:
         self.sources = Sources([sources] if isinstance(sources, str | Path) else sources, self.base)
         self._loaded: OrderedDict[str, Version] = OrderedDict()
         self._broken: dict[str, str] = {}
+        self._faults: dict[frozenset[str], str] = {}
+        """Names on the host -> what is said of rows that wear them all."""
         self._retired: list[Version] = []
-        self._bytes = 0
+        self._memory = Memory()
         self._lock = threading.RLock()
         self._made = 0
 
@@ -148,8 +111,13 @@ class Bank:
 
     @property
     def bytes(self) -> int:
-        """Memory that they take."""
-        return self._bytes
+        """Memory that they take; what several share (VeRA's random matrices) is counted once."""
+        return self._memory.bytes
+
+    @property
+    def broken(self) -> int:
+        """Adapters that could not be read, or failed when they were worn, and were not loaded anew since."""
+        return len(self._broken)
 
     def lease(self, model: str) -> Lease | None:
         """What `model` stands for: the base, an adapter, `a+b`, or a composition (`inlay.library.compose`); None if a
@@ -171,11 +139,19 @@ class Bank:
                     return None
                 names = [made]
             versions = tuple(self._loaded[name] for name in names)
+            worn = tuple(v.shelved for v in versions)
+            if (error := self.fault(worn)) is not None:
+                raise error
             self._hold(versions)
             for name in names:
                 self._loaded.move_to_end(name)
-            worn = tuple(v.shelved for v in versions)
             return Lease(worn, room(self.host, worn), versions, self)
+
+    def fault(self, worn: Worn) -> BankError | None:
+        """What is known against rows that wear this, in names on the host; None: nothing."""
+        with self._lock:
+            said = next((said for names, said in self._faults.items() if names.issubset(worn)), None)
+            return None if said is None else BankError(said, "broken")
 
     def _check_known(self, name: str) -> None:
         if self.sources.find(name) is None:
@@ -198,6 +174,25 @@ class Bank:
                 v.users -= 1
 
     # ---- the model's thread ------------------------------------------------------------------------------------------
+    def blame(self, lease: Lease, worn: Worn, error: Exception) -> None:
+        """Remember that forwards fail for what wears this, which is refused from now on: an adapter until it is loaded
+        anew, what fails only together until one of it leaves memory.
+
+        Args:
+            worn: the part of `lease.worn` that is at fault.
+        """
+        at_fault = [v for v in lease.versions if v.shelved in worn]
+        names = " and ".join(repr(v.source if "(" in v.name else v.name) for v in at_fault)
+        together = "it" if len(at_fault) == 1 else "all of them on a row"
+        why = f"a forward with {together} failed ({type(error).__name__}: {error})"
+        log.error("%s: %s", names, why)
+        with self._lock:
+            self._faults = {known: said for known, said in self._faults.items() if known <= self.host.edits.keys()}
+            self._faults[frozenset(worn)] = f"the adapter{'s' * (len(at_fault) > 1)} {names} cannot be served: {why}"
+            if len(at_fault) == 1 and self._loaded.get(name := at_fault[0].name) is at_fault[0] and "(" not in name:
+                self._broken[name] = why
+                self._retire(name)
+
     @contextlib.contextmanager
     def using(self, *plan: str | None, side: Mapping[str, Tensor] | None = None) -> Iterator[Host]:
         """`Host.using` with names of the bank: read what is missing, wear it in this block, let go.
@@ -286,13 +281,14 @@ class Bank:
 
     def sweep(self) -> None:
         """Take off the host what nobody holds and either nobody can ask for any more or there is no room for."""
-        if not self._retired and self._bytes <= self.room:
+        if not self._retired and self.bytes <= self.room:
             return
         with self._lock:
             self._make_room()
             free = [v for v in self._retired if not v.users]
             self._retired = [v for v in self._retired if v.users]
-            self._bytes -= sum(v.bytes for v in free)
+            for v in free:
+                self._memory.drop(v)
         for v in free:
             self.host.remove(v.shelved)
 
@@ -334,11 +330,12 @@ class Bank:
                 self.host.remove(version.shelved)
             said = str(e) if isinstance(e, InlayError) else f"{type(e).__name__}: {e}"
             raise e if isinstance(e, BankError) else BankError(said, "unfit", "source") from e
-        version.bytes = self.host.shelf[version.shelved].bytes
+        folded = self.host.shelf[version.shelved]
+        version.bytes, version.constants = folded.bytes, tuple(folded.cut.constants.values())
         with self._lock:
             self._retire(name)
             self._loaded[name] = version
-            self._bytes += version.bytes
+            self._memory.add(version)
         self.sweep()
         return version
 
@@ -360,8 +357,10 @@ class Bank:
 
     def _make_room(self) -> None:
         """Retire idle adapters, the least recently asked for first, until the rest has room."""
-        over = self._bytes - self.room - sum(v.bytes for v in self._retired if not v.users)
-        for name, v in list(self._loaded.items()) if over > 0 else ():
-            if over > 0 and not v.users:
+        if self.bytes <= self.room:
+            return
+        kept = Memory([*self._loaded.values(), *(v for v in self._retired if v.users)])
+        for name, v in list(self._loaded.items()):
+            if kept.bytes > self.room and not v.users:
                 self._retire(name)
-                over -= v.bytes
+                kept.drop(v)

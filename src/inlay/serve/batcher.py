@@ -23,7 +23,7 @@ from inlay.evaluate.batches import context
 from inlay.evaluate.rows import Generation, Row, Scored
 from inlay.evaluate.running import Running
 from inlay.library.bank import Bank, Lease
-from inlay.serve.blame import apart
+from inlay.serve.blame import apart, at_fault
 from inlay.serve.errors import Refused
 
 T = TypeVar("T")
@@ -247,8 +247,23 @@ class Batcher:
             fed, failed = apart(self._running, e)
             for row, why in failed:
                 log.error("a row that wears %s failed", "+".join(row.worn) or "nothing", exc_info=why)
+            self._remember(failed)
             self._blame(failed)
+            self._refuse([job for row in self._running.waiting if (job := self._jobs.get(row))])
             return fed
+
+    def _remember(self, failed: Sequence[tuple[Row, Exception]]) -> None:
+        """Tell the bank which adapters are at fault, so that nobody tries them again."""
+        for row, why in failed:
+            if self.adapters.fault(row.worn) is None:
+                for worn in at_fault(self._running, row, why):
+                    self.adapters.blame(self._jobs[row].lease, worn, why)
+
+    def _refuse(self, jobs: Sequence[Job]) -> None:
+        """End those of jobs that have not begun whose adapters have failed since they came."""
+        for job in jobs:
+            if (error := self.adapters.fault(job.lease.worn)) is not None:
+                self._end([job], "failed", Refused.by_bank(error))
 
     def _blame(self, failed: Sequence[tuple[Row, Exception]]) -> None:
         for row, e in failed:
@@ -260,6 +275,7 @@ class Batcher:
             job.row.worn = job.lease.worn
             self._jobs[job.row] = job
             self._running.waiting.append(job.row)
+        self._refuse(jobs)
 
     def _expire(self, now: float) -> None:
         late = [job for job in self._jobs.values() if job.deadline <= now]

@@ -7,7 +7,7 @@ from inlay.library.errors import BankError, Kind
 
 OF_A_BANK: dict[Kind, tuple[int, str]] = {
     "unknown": (404, "model_not_found"),
-    "broken": (503, "adapter_broken"),
+    "broken": (500, "adapter_broken"),  # not 503: a load balancer would ask, or put down, one replica after the other
     "unfit": (422, "adapter_broken"),
     "exists": (409, "model_exists"),
     "bad-name": (400, "bad_name"),
@@ -15,6 +15,11 @@ OF_A_BANK: dict[Kind, tuple[int, str]] = {
     "invalid": (400, "invalid_model"),
 }
 """What a bank refuses -> HTTP status, word for programs."""
+
+HINTS: dict[Kind, str] = {
+    "unknown": "; /v1/models lists those that do",
+    "broken": ". It is not tried again until PUT /admin/adapters/NAME loads it anew",
+}
 
 
 class Refused(InlayError):
@@ -34,13 +39,13 @@ class Refused(InlayError):
     @classmethod
     def by_bank(cls, e: BankError) -> Refused:
         """As HTTP says it."""
-        hint = "; /v1/models lists those that do" if e.kind == "unknown" and e.field == "model" else ""
+        hint = HINTS.get(e.kind, "") if e.field == "model" else ""
         return cls(f"{e}{hint}", *OF_A_BANK[e.kind], e.field)
 
     @property
     def again(self) -> bool:
         """Whether trying again makes sense."""
-        return self.status in (429, 503) and self.code != "adapter_broken"
+        return self.status in (429, 503)
 
     @property
     def kind(self) -> str:

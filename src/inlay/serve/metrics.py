@@ -45,6 +45,10 @@ class Metrics:
             lambda: len(adapters.names())
         )
         Gauge("inlay_adapters_loaded", "Adapters in memory", registry=r).set_function(lambda: adapters.loaded)
+        Gauge("inlay_adapters_bytes", "Memory that they take", registry=r).set_function(lambda: adapters.bytes)
+        Gauge("inlay_adapters_broken", "Adapters that are refused since they failed", registry=r).set_function(
+            lambda: adapters.broken
+        )
 
     def text(self) -> bytes:
         """Prometheus' text format."""
