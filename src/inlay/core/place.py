@@ -155,7 +155,9 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
     for target in parse(at):
         hits = _named(anatomy, target.name)
         if not hits:
-            hits = [known_paths.get(p) or _unnamed(p) for p in modules if p and fnmatch.fnmatchcase(p, target.name)]
+            # A path is looked up, for a file may name hundreds of them.
+            paths = [target.name] if target.name in modules else modules
+            hits = [known_paths.get(p) or _unnamed(p) for p in paths if p and fnmatch.fnmatchcase(p, target.name)]
         if not hits:
             raise unknown(
                 f"role or module pattern in {anatomy.family}",

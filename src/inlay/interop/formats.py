@@ -8,7 +8,7 @@ from pathlib import Path
 from inlay.core import store
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
-from inlay.interop import adapterhub, llm_adapters, peft
+from inlay.interop import adapterhub, llm_adapters, peft, peft_shelf
 from inlay.interop.peft import Written
 from inlay.interop.peft_folder import CONFIG
 from inlay.methods import EDITS
@@ -24,7 +24,7 @@ def detect(folder: str | Path) -> str:
     if (folder / "adapter.json").exists():
         return "inlay"
     if not (folder / CONFIG).exists():
-        below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        below = sorted({p.parent.name for file in ("adapter.json", CONFIG) for p in folder.glob(f"*/{file}")})
         hint = f" Its sub-folders do: {', '.join(below)}." if below else ""
         raise InlayError(
             f"{folder} has neither adapter.json (Inlay) nor {CONFIG} (PEFT, LLM-Adapters, AdapterHub).{hint}"
@@ -52,13 +52,12 @@ def read(host: Host, folder: str | Path, name: str | None = None) -> str:
 
 def shelve(host: Host, folder: str | Path, name: str | None = None) -> str:
     """As `read`, for an adapter that will only be worn (`Host.shelve`)."""
-    if detect(folder) == "inlay":
+    kind = detect(folder)
+    if kind == "inlay":
         return store.shelve(host, folder, EDITS, name)
-    name = read(host, folder, name)
-    edit, at, tensors = host.edits[name], host.placement(name), host.tensors(name)
-    host.remove(name)
-    host.shelve(name, edit, at, {k: t.detach() for k, t in tensors.items()})
-    return name
+    if kind == "peft":
+        return peft_shelf.shelve(host, Path(folder), name)
+    return peft_shelf.by_hanging(host, read(host, folder, name))
 
 
 def write(host: Host, name: str, folder: str | Path, format: str = "peft", rank: int | None = None) -> Written:
