@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -166,3 +168,9 @@ def test_plan_prints_one_json_object(inlay_):
 def test_plan_for_people(inlay_):
     code, out, _ = inlay_("plan", "bloomz-7b", "--at", "q,k,v")
     assert code == 0 and "23,592,960" in out and "hint" in out and "estimate" in out
+
+
+def test_warnings_are_notes_without_file_and_line():
+    code = "import warnings; from inlay.cli.quiet import quiet; quiet(); warnings.warn('padded [not] packed')"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stderr == "note: padded [not] packed\n"

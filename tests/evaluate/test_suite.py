@@ -8,6 +8,7 @@ import torch
 import inlay
 from inlay.core.errors import InlayError
 from inlay.evaluate import EvalSettings, evaluate, run
+from inlay.evaluate.log import Log
 from inlay.evaluate.suite import expand, statement
 from inlay.tasks import CLEAN, PUBLISHED, Record, encode, encode_prompt, get, to_json
 from inlay.tasks.score import score_file, wilson
@@ -150,9 +151,9 @@ def test_other_settings_are_refused(worn, tok, tmp_path):
     suite(worn, tok, ("some",), ("svamp",), out=tmp_path)
     with pytest.raises(InlayError, match="protocol was 'clean', now 'published'"):
         suite(worn, tok, ("some",), ("svamp",), out=tmp_path, protocol="published")
-    with pytest.raises(InlayError, match="datasets 'SVAMP' differs"):
+    with pytest.raises(InlayError, match=r"datasets 'SVAMP' differs \(max_new_tokens was 32, now 5\)"):
         suite(worn, tok, ("some",), ("svamp",), out=tmp_path, decoding={"max_new_tokens": 5})
-    with pytest.raises(InlayError, match="datasets 'SVAMP' differs"):
+    with pytest.raises(InlayError, match=r"datasets 'SVAMP' differs \(other records or prompts\)"):
         suite(worn, tok, ("some",), ("svamp",), out=tmp_path, records={"SVAMP": SUMS[::-1]})
     tensor = worn.parameters("some")[0]
     with torch.no_grad():
@@ -166,6 +167,17 @@ def test_other_settings_are_refused(worn, tok, tmp_path):
         with pytest.raises(InlayError, match="the base differs"):
             suite(worn, tok, ("good",), ("svamp",), out=tmp_path)
         weight.data = weight.data / 1.5
+
+
+def test_a_folder_that_cannot_be_written_is_told(worn, tok, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InlayError, match="a file has that name; choose another"):
+        suite(worn, tok, ("some",), ("svamp",), out=tmp_path / "file")
+    log = Log(tmp_path)
+    (tmp_path / "generations.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InlayError, match="No space left on device.*What is there is kept: make room"):
+        log.add([{"adapter": "base", "dataset": "SVAMP", "index": 0}])
+    assert not log.rows
 
 
 def test_options_by_answer_and_by_text(worn, tok, tmp_path):
@@ -260,6 +272,7 @@ def test_run_from_folders(worn, tok, tmp_path, capsys):
     folders = (tmp_path / "a" / "my.good", tmp_path / "b" / "my.good", tmp_path / "run" / "adapter")
     for folder in folders:
         inlay.save(worn, "good", folder)
+    folders = (*folders[:2], tmp_path / "run")  # what a training run leaves
     (tmp_path / "SVAMP").mkdir()
     to_json(SUMS, tmp_path / "SVAMP" / "test.json")
     settings = EvalSettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -341,6 +342,31 @@ def test_run_folder(tmp_path):
     }
 
 
+def test_a_run_that_never_began_claims_no_folder(tmp_path, monkeypatch):
+    """What was wrong is put right and asked for again; there is nothing to overwrite."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    data, s = rows(8), settings(tmp_path, lr=0.5, loggers=("wandb",))
+    with pytest.raises(InlayError, match="not installed"):
+        fit(wearing(), "a", data, [], s, tmp_path, None)
+    assert (tmp_path / "settings.yaml").exists()
+    assert fit(wearing(), "a", data, [], settings(tmp_path), tmp_path, None).steps == 6
+    sessions = json.loads((tmp_path / "environment.json").read_text())["sessions"]
+    assert len(sessions) == 1, "what did not begin is no session of this run"
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoint-2", ".checkpoint-2.old", "adapter"])
+def test_whatever_a_step_left_is_kept(tmp_path, left):
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None)
+    if left.startswith(".checkpoint"):
+        (tmp_path / "checkpoint-2").rename(tmp_path / left)
+    for path in tmp_path.iterdir():
+        if path.name not in ("settings.yaml", left):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(InlayError, match="holds a run with other settings"):
+        fit(wearing(), "a", rows(8), [], settings(tmp_path, lr=0.5), tmp_path, None)
+    assert (tmp_path / left).exists()
+
+
 def test_two_runs_are_not_mixed(tmp_path):
     s, data = settings(tmp_path), rows(8)
     fit(wearing(), "a", data, [], s, tmp_path, None)
@@ -355,6 +381,9 @@ def test_two_runs_are_not_mixed(tmp_path):
     assert len(lines(tmp_path)) == 6 and (tmp_path / "notes.txt").exists()
     with pytest.raises(InlayError, match="exclude each other"):
         fit(wearing(), "a", data, [], other, tmp_path, None, overwrite=True, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InlayError, match="file is a file|a file has that name"):
+        fit(wearing(), "a", data, [], s, tmp_path / "file", None)
     from inlay.train.record import locked
 
     with locked(tmp_path), pytest.raises(InlayError, match="another process is training"):

@@ -11,7 +11,7 @@ import pytest
 from inlay.core.errors import InlayError
 from inlay.train import fit
 from inlay.train.settings import RunSettings
-from inlay.train.track import chosen
+from inlay.train.track import Journal, chosen
 from tests.train.tiny import rows, settings, wearing
 
 
@@ -108,6 +108,35 @@ def test_tensorboard_reads_back(tmp_path):
     fit(wearing(), "a", rows(8), [], s, tmp_path, None, resume=tmp_path / "checkpoint-4")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_user_should_know_is_shown(tmp_path, capsys, monkeypatch):
+    """On stderr as in log.txt, once; without a progress bar in log.txt only."""
+    for show in (True, False):
+        out = tmp_path / str(show)
+        s = settings(out, progress=show, warmup=6, cache_activations="ram")
+        fit(wearing(at="q,v@1"), "a", rows(8), [], s, out, None)
+        shown, kept = capsys.readouterr().err, (out / "log.txt").read_text()
+        for told in ("warm-up (6 steps) is as long as the run", "caching that takes"):
+            assert shown.count(told) == int(show) and kept.count(told) == 1
+    monkeypatch.setattr("inlay.train.ways._refused", lambda *_: "no reason")
+    fit(wearing(), "a", rows(8), [], settings(tmp_path / "p", progress=True), tmp_path / "p", None)
+    assert capsys.readouterr().err.count("batches are padded, not packed: no reason") == 1
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    write = Journal.write
+
+    def stops(self, values):
+        write(self, values)
+        if values["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fit(wearing(), "a", rows(8), [], settings(tmp_path, progress=True), tmp_path, None)
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "stopped after step 3. The last good checkpoint is" in told and "checkpoint-2. To go on: --resume" in told
 
 
 def test_bar(tmp_path, capsys):

@@ -160,6 +160,27 @@ def test_what_does_not_exist(tmp_path, folder, data, changes, match):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "graphics"])
+def test_a_device_that_is_not_there(tmp_path, folder, data, device):
+    s = recipe(tmp_path, folder, data)
+    with pytest.raises(InlayError, match=f"cannot compute on device '{device}': .*Leave device out, or say cpu"):
+        train(replace(s, run=replace(s.run, device=device)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_is_looked_at_before_the_base_is_loaded(tmp_path, folder, data, monkeypatch):
+    s = recipe(tmp_path, folder, data)
+    train(s)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("inlay.models.base.load_base", None)
+    with pytest.raises(InlayError, match="holds a run with these settings"):
+        train(s)
+    with pytest.raises(InlayError, match="seed: 42 before, 1 now"):
+        train(replace(s, run=replace(s.run, seed=1)), resume=True)
+    with pytest.raises(InlayError, match="file is a file; choose another folder"):
+        train(replace(s, out=tmp_path / "file"))
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

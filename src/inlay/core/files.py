@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from inlay.core.errors import InlayError
+
 
 def flush(path: Path) -> None:
     """Make a file's (or folder's) content durable."""
@@ -35,6 +37,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file at once."""
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def make_folder(path: Path) -> None:
+    """A folder that may be there already; raises InlayError where there can be none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        why = "a file has that name" if path.is_file() else e.strerror
+        raise InlayError(f"cannot make the folder {path}: {why}; choose another one") from e
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.core.errors import InlayError
-from inlay.core.files import write_text
+from inlay.core.files import make_folder, write_text
 from inlay.core.fingerprint import differences
 from inlay.core.host import Host
 from inlay.core.store import content_digest, describe
@@ -31,8 +31,6 @@ class Log:
         self.path = folder / GENERATIONS if folder else None
         if self.path and self.path.exists():
             self._read(self.path)
-        elif self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _read(self, path: Path) -> None:
         whole = path.read_bytes()
@@ -59,8 +57,13 @@ class Log:
         """Keep these rows; on disk once this returns."""
         rows = list(rows)
         if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            except OSError as e:
+                raise InlayError(
+                    f"cannot write {self.path}: {e}. What is there is kept: make room, then say the same again"
+                ) from e
         self.rows |= {(row["adapter"], row["dataset"], row["index"]): row for row in rows}
 
     def of(self, adapter: str, dataset: str, indices: Iterable[int]) -> list[dict[str, Any]]:
@@ -85,6 +88,7 @@ def settle(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if folder is None:
         return dict(settings)
+    make_folder(folder)
     path = folder / SETTINGS
     before: dict[str, Any] = {}
     if path.exists():
@@ -111,7 +115,18 @@ def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if key == "base":
             told += [f"the base differs ({d})" for d in differences(old or {}, new or {"shape": {}, "values": {}})]
         elif isinstance(old, Mapping) and isinstance(new, Mapping):
-            told += [f"{key} {k!r} differs" for k in old.keys() & new.keys() if old[k] != new[k]]
+            told += [
+                f"{key} {k!r} differs{_leaves(old[k], new[k])}" for k in old.keys() & new.keys() if old[k] != new[k]
+            ]
         elif old != new:
             told.append(f"{key} was {old!r}, now {new!r}")
     return sorted(told)
+
+
+def _leaves(old: Any, new: Any) -> str:
+    """What of a task's entry differs, in brackets; nothing for an adapter's, which is a digest."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return ""
+    keys = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+    named = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys if k != "digest"]
+    return f" ({', '.join(named or ['other records or prompts'])})"

@@ -118,7 +118,7 @@ class Report:
         head, rows = _detail_rows(self)
         out = Table(title=f"accuracy, % ({self.settings['protocol']}, {self.settings['how']})")
         for i, name in enumerate(head[:7]):
-            out.add_column(name, justify="left" if i < 2 else "right")
+            out.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
         for row in rows:
             out.add_row(*row[:7])
         return out

@@ -20,7 +20,7 @@ class EvalSettings:
     model: str
     """Base model: tiny-llama, tiny-gptj, tiny-bloom, a folder, or a Hub id."""
     adapters: tuple[Path, ...] = ()
-    """Adapter folders, in any format that Inlay reads; without any, the bare base is scored."""
+    """Adapter folders, in any format that Inlay reads, or run folders; without any, the bare base is scored."""
     bare: bool = False
     """Score the bare base beside the adapters."""
     tasks: tuple[str, ...] = ("math",)
@@ -104,10 +104,12 @@ def run(settings: EvalSettings) -> Report:
 
 
 def hang(host: Host, folder: Path) -> str:
-    """Read an adapter of any format under its folder's name (if that is `adapter`, its parent's), numbered if taken."""
+    """Read an adapter of any format under its folder's name (if that is `adapter`, its parent's), numbered if taken.
+    The folder of a training run will do."""
     from inlay.interop import formats
+    from inlay.library.names import adapter_in
 
-    folder = folder.resolve()
+    folder = (adapter_in(folder) or folder).resolve()
     own = folder.parent.name if folder.name == "adapter" else folder.name
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", own).strip("-") or "adapter"
     name, count = stem, 2

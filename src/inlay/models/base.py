@@ -36,14 +36,25 @@ def load_base(name: str | Path, dtype: str | None = None, device: str | None = N
 
     if dtype is not None and dtype not in DTYPES:
         raise InlayError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    place = known_device(device)
     path = where(name)
     wanted = DTYPES[dtype] if dtype else torch.float32 if str(name) in EMBEDDED else "auto"
     with _told(name):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
     tokenizer = load_tokenizer(name)
     model.config._name_or_path = str(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
+
+
+def known_device(name: str | None) -> torch.device:
+    """A device that can be used here; the GPU, if there is one, where none is named."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:  # the latter: PyTorch built without CUDA
+        why = str(e).splitlines()[0].partition(" device type at start")[0]
+        raise InlayError(f"cannot compute on device {name!r}: {why}. Leave device out, or say cpu") from e
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -247,10 +247,14 @@ def _parts(task: Task, split: str, source: Path | None) -> list[Record]:
 # -------------------------------------------------------------------------------------------------- Hub
 
 
+OWN = "a file or folder (--data of `inlay eval`, --train-file of `inlay train`, source= in Python)"
+"""What stands in for a download."""
+
+
 def _hub(task: Task, split: str) -> list[Record]:
     if task.hub is None or split not in task.hub.splits:
         raise InlayError(
-            f"{task.name} ({split}) has no public source that can be fetched by name; pass source=<file or folder> in "
+            f"{task.name} ({split}) has no public source that can be fetched by name; give {OWN} in "
             "LLM-Adapters' schema (its repository holds it under dataset/ or ft-training_set/)"
         )
     try:
@@ -263,9 +267,7 @@ def _hub(task: Task, split: str) -> list[Record]:
             rows += list(datasets.load_dataset(task.hub.id, config, split=part))
         except Exception as error:
             where = f"{task.hub.id} ({config or 'default'}, {part})"
-            raise InlayError(
-                f"cannot load {where}: {type(error).__name__}: {error}. Or pass source=<file or folder>"
-            ) from error
+            raise InlayError(f"cannot load {where}: {type(error).__name__}: {error}. Or give {OWN}") from error
     return _records(rows, task, split, task.hub.id)
 
 

@@ -6,7 +6,13 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def note(text: str) -> None:
+    """A line on stderr that the user should not miss; above the bar, if one is shown."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]note:[/] {escape(text)}")
 
 
 class Bar:

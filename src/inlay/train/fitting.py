@@ -98,12 +98,12 @@ def fit(
             loop.restore(found, data)
         if team.first:
             record.write_json(run_dir / "data.json", about)
-        journal = Journal(run_dir, loop.step) if team.first else Mute()
+        journal = Journal(run_dir, loop.step, settings.run.progress) if team.first else Mute()
         stack.callback(journal.close)
         if team.first:
             _announce(loop, journal, run_dir, found)
         if (where := settings.run.cache_activations) != "off":
-            journal.say(loop.way.remember(name, train, "ram" if where == "ram" else run_dir))
+            journal.tell(loop.way.remember(name, train, "ram" if where == "ram" else run_dir))
         with training(host, name, settings.run.gradient_checkpointing), loop.active():
             _run(loop, run_dir, data, journal, stack, observers)
         return _finish(loop, run_dir, journal, about)
@@ -130,12 +130,13 @@ def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Che
     else:
         journal.say(f"go on from {found.path}, step {loop.step} of {loop.total}")
     if found is not None and changed:
-        journal.say(f"this machine or software differs, so the result may, too: {'; '.join(changed)}")
+        journal.tell(f"this machine or software differs, so the result may, too: {'; '.join(changed)}")
     if loop.notice:
-        journal.say(loop.notice)
+        journal.tell(loop.notice)
     if loop.schedule.get_last_lr()[0] < loop.settings.optim.lr and loop.settings.optim.warmup >= loop.total:
-        journal.say(
-            f"warm-up ({loop.settings.optim.warmup:g} steps) is as long as the run: the full rate is not reached"
+        journal.tell(
+            f"warm-up ({loop.settings.optim.warmup:g} steps) is as long as the run: the full rate is not reached; "
+            "give a shorter warmup"
         )
     if loop.val and loop.settings.run.final == "best" and not loop.settings.run.eval_every:
         journal.say("eval_every is 0: validation happens once, at the end")
@@ -164,7 +165,7 @@ def _run(
             for observer in observers:
                 metrics |= observer.after_step(loop)
             if first and (missed := loop.unreached):
-                journal.say(
+                journal.tell(
                     f"no gradient reached {len(missed)} of {len(loop.trained)} tensors in the first step: "
                     + ", ".join(missed[:4])
                 )
@@ -189,7 +190,11 @@ def _run(
         if isinstance(e, Exception) and not loop.unheard:
             loop.team.fail()
         with contextlib.suppress(OSError):  # the disk may be why it stopped
-            journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
+            if isinstance(e, KeyboardInterrupt):
+                there = checkpoint.last_good(run_dir)
+                journal.tell(f"stopped after step {loop.step}. {there} To go on: --resume, or resume=True")
+            else:
+                journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
         if isinstance(e, OSError):
             raise InlayError(
                 f"cannot write to {run_dir}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume."

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from inlay.core.errors import InlayError
-from inlay.core.files import write_text
+from inlay.core.files import make_folder, write_text
 from inlay.engine.example import Example, learned
 from inlay.train import checkpoint
 from inlay.train.batches import digest
@@ -44,7 +44,7 @@ PACKAGES = ("inlay", "torch", "transformers", "tokenizers", "safetensors", "nump
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder for this process; the system lets go when the process ends, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     try:
         import fcntl
     except ImportError:  # Windows
@@ -60,11 +60,25 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, overwrite: bool) -> Checkpoint | None:
     """Make the folder ready; returns the checkpoint to go on from, if any. Raises InlayError if two runs would mix."""
+    check(run_dir, settings, resume, overwrite)
+    checkpoint.clean(run_dir)
+    if overwrite or not _begun(run_dir):
+        _wipe(run_dir)
+    found = _latest(run_dir, resume)
+    if found is not None and (changed := differences(found.about["settings"], identity(settings))):
+        raise InlayError(f"{found.path} was made under other settings: {'; '.join(changed)}")
+    write_text(run_dir / "settings.yaml", to_yaml(settings))
+    return found
+
+
+def check(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, overwrite: bool) -> None:
+    """Raises InlayError if two runs would mix in this folder. Changes nothing."""
     if resume and overwrite:
         raise InlayError("resume and overwrite exclude each other: go on, or begin again")
-    checkpoint.clean(run_dir)
-    if overwrite:
-        _wipe(run_dir)
+    if run_dir.is_file():
+        raise InlayError(f"{run_dir} is a file; choose another folder for the run")
+    if overwrite or not _begun(run_dir):
+        return
     there = [n for n in OURS if (run_dir / n).exists()] + [f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]
     before = run_dir / "settings.yaml"
     if before.exists():
@@ -77,11 +91,17 @@ def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
         raise InlayError(
             f"{run_dir} has no settings.yaml but {', '.join(there[:5])}; choose another folder, or overwrite these"
         )
-    found = _latest(run_dir, resume)
-    if found is not None and (changed := differences(found.about["settings"], identity(settings))):
-        raise InlayError(f"{found.path} was made under other settings: {'; '.join(changed)}")
-    write_text(before, to_yaml(settings))
-    return found
+
+
+def _begun(run_dir: Path) -> bool:
+    """Whether there is anything to lose: not where a run stopped before its first step, so that it can be asked for
+    again with what was wrong put right."""
+    if not (run_dir / "settings.yaml").exists():
+        return True
+    steps = run_dir / "metrics.jsonl"
+    done = steps.exists() and steps.stat().st_size > 0
+    # A checkpoint that was moved aside for a new one counts as well.
+    return done or (run_dir / "adapter").exists() or any(run_dir.glob("*checkpoint-*"))
 
 
 def _latest(run_dir: Path, resume: bool | str | Path) -> Checkpoint | None:

@@ -15,6 +15,7 @@ from inlay.train.ahead import Ahead
 from inlay.train.fitting import RunResult, fit
 from inlay.train.loop import seed_everything
 from inlay.train.ranks import Team, joined, place
+from inlay.train.record import check
 from inlay.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -94,11 +95,13 @@ def _train(
 ) -> RunResult:
     from inlay.api import attach
     from inlay.methods import method
-    from inlay.models.base import load_base
+    from inlay.models.base import known_device, load_base
 
     # Whatever is cheap to get wrong is looked at before the base is loaded.
     row = method(settings.method)
     edit = row.make(**settings.settings)
+    known_device(settings.run.device)
+    team.from_first(lambda: check(settings.out, settings, resume, overwrite))
     teach = plan(settings, settings.run.progress and team.first)
     # A base to be sharded is taken to the devices block by block.
     device = "cpu" if settings.run.parallel == "fsdp" and team.size > 1 else str(place(settings.run.device))
@@ -133,7 +136,9 @@ def read(data: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
     from inlay.tasks import Task, load
 
     if data.task is None and data.train_file is None:
-        raise InlayError("nothing to train on: give data.task (see inlay.tasks.TASKS), data.train_file, or both")
+        raise InlayError(
+            "nothing to train on: give a task (such as world-arith; `inlay.tasks.TASKS` has all), train_file, or both"
+        )
     if data.val_file is not None and data.val_size:
         raise InlayError("give val_file or val_size, not both")
     file = Task(name="your file", kind="text", group="training", licence="not known", sizes={})

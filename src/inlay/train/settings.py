@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -77,7 +78,8 @@ class OptimSettings:
     batch_size: int = 16
     """Examples per optimizer step."""
     micro_batch: int = 4
-    """Examples per forward of the plain engine; gradients add up to those of `batch_size`, as if it were one batch."""
+    """Most examples per forward of the plain engine; gradients add up to those of `batch_size`, as if it were one
+    batch."""
     epochs: float = 3.0
     """Passes over the training set."""
     steps: int | None = None
@@ -163,8 +165,9 @@ class TrainSettings:
         for name, value, least in at_least:
             if value < least:
                 raise InlayError(f"{name} must be at least {least}, not {value}")
-        if o.micro_batch > o.batch_size:
-            raise InlayError(f"micro_batch {o.micro_batch} is larger than batch_size {o.batch_size}")
+        for name in ("epochs", "lr", "warmup", "weight_decay", "clip"):
+            if not math.isfinite(getattr(o, name)):
+                raise InlayError(f"{name} must be a finite number, not {getattr(o, name)}")
         if min(o.epochs, o.lr) <= 0 or min(o.warmup, o.clip, o.weight_decay) < 0:
             raise InlayError("epochs and lr must be positive; warmup, clip and weight_decay must not be negative")
         if "none" in r.loggers and len(r.loggers) > 1:

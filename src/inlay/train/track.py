@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from inlay.core.errors import InlayError
 from inlay.core.files import write_text
+from inlay.train.bar import note
 from inlay.train.settings import RunSettings, TrainSettings, to_plain
 
 
@@ -110,9 +111,15 @@ def chosen(run: RunSettings) -> list[str]:
 
 
 class Journal:
-    """`metrics.jsonl`, one line a step, and `log.txt`, sentences. A resumed run forgets what it will redo."""
+    """`metrics.jsonl`, one line a step, and `log.txt`, sentences. A resumed run forgets what it will redo.
 
-    def __init__(self, run_dir: Path, step: int):
+    Args:
+        step: where the run goes on.
+        show: whether what the user should know is also shown on stderr.
+    """
+
+    def __init__(self, run_dir: Path, step: int, show: bool = False):
+        self.show = show
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
@@ -128,6 +135,12 @@ class Journal:
         """One line of log."""
         self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
+    def tell(self, text: str) -> None:
+        """A line of log that the user should not have to look for."""
+        self.say(text)
+        if self.show:
+            note(text)
+
     def close(self) -> None:
         """Flush to disk. Both files are line-buffered, so a full disk has spoken up before."""
         for file in (self._metrics, self._log):
@@ -140,7 +153,7 @@ class Mute(Journal):
     """The journal of a process that is not the first: it writes nothing."""
 
     def __init__(self) -> None:
-        pass
+        self.show = False
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Nothing."""
