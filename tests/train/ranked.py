@@ -68,14 +68,15 @@ def train(
 
     Fails if a tensor is put together of its shards that is neither the adapter's, nor its optimizer's, nor a number.
     """
+    import torch
     from torch.distributed.tensor import DTensor
 
     from inlay.train import fit
     from tests.train.tiny import rows, settings, wearing
 
     host = wearing(method, **own)
-    if changes.get("dtype") == "bf16":
-        host.model.bfloat16()
+    if (dtype := changes.get("dtype", "fp32")) != "fp32":
+        host.model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
         for p in host.parameters():
             p.data = p.data.float()
     if rig is not None:

@@ -56,6 +56,7 @@ def test_shares_are_even_and_whole():
         ("ddp", "prefix", {}, {"batch_size": 5, "engine": "plain"}),
         ("fsdp", "lora", {}, {"batch_size": 5, "pack_tokens": 16}),
         ("fsdp", "lora", {"at": "q,up,head,embed"}, {"gradient_checkpointing": True}),
+        ("fsdp", "adalora", {"rank": 6, "target": 2, "interval": 2}, {"batch_size": 5}),
         ("fsdp", "vera", {}, {"engine": "plain"}),
         ("fsdp", "prefix", {}, {}),
         ("fsdp", "series", {"kind": "gpt2"}, {}),  # embedding and head are one tensor
@@ -129,8 +130,8 @@ def test_ranks_with_other_data_are_refused(tmp_path):
 
 
 def test_what_cannot_be_sharded_says_so(tmp_path):
-    for text in launch(2, train, tmp_path, "adalora", {}, {"parallel": "fsdp"}):
-        assert "parallel: ddp" in text
+    for text in launch(2, train, tmp_path, "lora", {}, {"parallel": "fsdp", "dtype": "fp16"}):
+        assert "use dtype bf16 or fp32 with parallel: fsdp" in text
 
 
 @pytest.mark.slow

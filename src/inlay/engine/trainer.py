@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
@@ -142,11 +142,13 @@ class _Forward:
     def __call__(self, given: dict[str, Any]) -> Any:
         flat = given.get("attention_mask") is None and given.get("position_ids") is not None
         why = self._unserved(given, flat)
+        ids, labels = ([], []) if why else _sequences(given, flat)
+        if self.wrong is None and (few := self._few(ids, labels)):
+            self.wrong = self._tried(*few)
         if not why:
-            ids, labels = _sequences(given, flat)
-            if self.wrong is None:
-                self.wrong = self._tried(ids, labels)
-            why = self.wrong
+            why = self.wrong or ""
+        if self.wrong is None and any(map(scored, labels)):
+            why = "the first process has not met a batch that could be tried"
         if not why:
             return self._packed(ids, labels, given)
         if flat and given.get("labels") is not None:
@@ -189,12 +191,23 @@ class _Forward:
         router = getattr(self.host.model.config.get_text_config(), "output_router_logits", False)  # type: ignore[operator, union-attr]
         return "the loss has a term of the experts' router" if router else ""
 
+    def _few(self, ids: list[list[int]], labels: list[list[int]]) -> list[list[list[int]]]:
+        """[ids, labels] of a few short sequences, empty if nothing is learned here.
+
+        Processes that hold parts of one model meet in its forwards: all of them are told those of the first.
+        """
+        some = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if scored(labels[n])][:3]
+        few = [[ids[n] for n in some], [labels[n] for n in some]] if some else []
+        if _sharded(self.host.model):
+            told = [few]
+            distributed.broadcast_object_list(told, src=0)
+            (few,) = told
+        return few
+
     @torch.no_grad()
     def _tried(self, ids: list[list[int]], labels: list[list[int]]) -> str:
-        """Whether a few short sequences have the same loss both ways; if not, what differs."""
+        """Whether these have the same loss both ways; if not, what differs."""
         model = self.host.model
-        some = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if scored(labels[n])][:3]
-        ids, labels = [ids[n] for n in some], [labels[n] for n in some]
         training = model.training
         model.eval()
         try:
@@ -247,6 +260,17 @@ class _Forward:
             where = where & (given["position_ids"][:, 1:] != 0)
         told = [t.new_zeros(where.shape).masked_scatter(where, t) for t in _tokens(self.host, made)]
         return TokenOutput(-told[0].sum() / count, *told, where)  # type: ignore[call-arg]
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether a model's tensors are spread over processes by FSDP2. Raises InlayError for its predecessor."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise InlayError("packed_forward knows FSDP2 only: set fsdp_config={'version': 2}, or train with DDP")
+    return isinstance(model, FSDPModule)
 
 
 def _sequences(given: dict[str, Any], flat: bool) -> tuple[list[list[int]], list[list[int]]]:

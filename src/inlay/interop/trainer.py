@@ -17,7 +17,9 @@ from inlay.api import save
 from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
 from inlay.core.files import replace_file
+from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
+from inlay.core.sharded import after_step, penalty, whole
 
 STATE = "adapter-state.safetensors"
 
@@ -40,6 +42,7 @@ class AdapterCallback(TrainerCallback):
             raise unknown("adapter", name, host.edits, "Hang it first with add() or load().")
         self.host, self.name, self.edit = host, name, host.edits[name]
         self.state: dict[str, torch.Tensor] = {}
+        self._base = fingerprint(host)  # now: a trainer may spread the base over processes
         self._penalised = type(self.edit).penalty is not Edit.penalty
         self._unchecked = True
 
@@ -69,24 +72,24 @@ class AdapterCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The penalty's gradient; the loss's own is added to it."""
-        penalty = self.edit.penalty(self.host.by_place(self.name)) if self._penalised else None
-        if penalty is not None:
-            penalty.backward()
+        extra = penalty(self.edit, self.host.by_place(self.name))
+        if extra is not None:
+            extra.backward()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look for gradients in the first step."""
-        if self._unchecked and not any(
-            p.grad is not None and bool(p.grad.any()) for p in self.host.parameters(self.name)
-        ):
+        grads = (p.grad for p in self.host.parameters(self.name)) if self._unchecked else ()
+        if self._unchecked and not any(g is not None and bool(whole(g).any()) for g in grads):
             raise InlayError(f"no gradient reached {self.name!r} in its first step, so it would not learn")
         self._unchecked = False
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The method's own step."""
-        self.edit.after_step(self.host.by_place(self.name), state.global_step + 1, state.max_steps, self.state)
+        after_step(self.edit, self.host.by_place(self.name), state.global_step + 1, state.max_steps, self.state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the adapter beside Trainer's own files."""
+        """Put the adapter beside Trainer's own files; parts of a sharded one come together for it."""
+        tensors = {k: whole(v) for k, v in sorted(self.host.tensors(self.name).items())}
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -95,7 +98,9 @@ class AdapterCallback(TrainerCallback):
             self.name,
             folder / "adapter",
             about={"training": {"steps": state.global_step, "by": type(args).__name__}},
+            tensors=tensors,
+            base=self._base,
         )
         if self.state:
-            tensors = {k: v.detach().cpu().contiguous() for k, v in self.state.items()}
-            replace_file(folder / STATE, lambda partial: save_file(tensors, partial))
+            kept = {k: v.detach().cpu().contiguous() for k, v in self.state.items()}
+            replace_file(folder / STATE, lambda partial: save_file(kept, partial))

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from inlay.core.errors import InlayError
 from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
+from inlay.core.sharded import after_step, parted, penalty, whole
 from inlay.core.store import describe
 from inlay.engine.example import Example, learned
 from inlay.engine.head import Read
@@ -29,7 +30,7 @@ from inlay.train.batches import Feed
 from inlay.train.objective import Objective, Reduce, TokenMean
 from inlay.train.ranks import ALONE, Shared, Team, place
 from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
-from inlay.train.shards import Sharded, parted, shard, whole
+from inlay.train.shards import Sharded, shard
 from inlay.train.ways import Way, choose
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class Loop:
         self.team, self.base = team, fingerprint(host)
         team.align(host.tensors(name))
         self.sharded = settings.run.parallel == "fsdp" and team.size > 1
-        root = shard(host, name, team, place(settings.run.device)) if self.sharded else None
+        root = shard(host, team, place(settings.run.device)) if self.sharded else None
         self.host, self.name, self.settings = host, name, settings
         self.edit, self.val = host.edits[name], val
         self.objective: Objective = objective or TokenMean()
@@ -192,7 +193,7 @@ class Loop:
         began, number, lr = time.perf_counter(), self.step + 1, self.schedule.get_last_lr()[0]
         examples = self.feed.step(self.step)
         self.objective.begin(examples, self.step / max(1, self.total - 1), self.survey)
-        penalty = self.edit.penalty(self.host.by_place(self.name))
+        extra = penalty(self.edit, self.host.by_place(self.name))
 
         def backward() -> float:
             loss = 0.0
@@ -200,15 +201,15 @@ class Loop:
                 part = self.objective.loss(self.way, rows)
                 self.scaler.scale(part).backward()
                 loss += float(part.detach())
-            if penalty is not None:  # every rank has all of it
-                self.scaler.scale(penalty / self.team.size).backward()
+            if extra is not None:  # every rank has all of it
+                self.scaler.scale(extra if self.sharded else extra / self.team.size).backward()
             return loss
 
         loss = self._each(backward)
         loss, *ranks = self.team.sums([loss, *(p.grad is not None for p in self.trained.values())])
         if not self.sharded:
             self.team.add_gradients(self.trained, [n > 0 for n in ranks])
-        metrics: dict[str, Any] = {"loss": loss} | ({} if penalty is None else {"penalty": float(penalty.detach())})
+        metrics: dict[str, Any] = {"loss": loss} | ({} if extra is None else {"penalty": float(extra.detach())})
         _finite(f"at step {number}, which was not taken", **metrics)
         metrics |= self.objective.end(self.team.sums)
         updated = self._update(number)
@@ -251,7 +252,7 @@ class Loop:
         self.scaler.update()
         self.schedule.step()
         if not overflow:
-            self.edit.after_step(self.host.by_place(self.name), number, self.total, self.method_state)
+            after_step(self.edit, self.host.by_place(self.name), number, self.total, self.method_state)
         self.optimizer.zero_grad(set_to_none=True)
         return {"overflow": 1.0} if overflow else {"grad_norm": norm}
 

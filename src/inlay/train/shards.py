@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.core.edit import Edit
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.example import Example
@@ -36,17 +35,14 @@ class Root(nn.Module):
         return work()
 
 
-def shard(host: Host, name: str, team: Team, device: torch.device) -> Root:
+def shard(host: Host, team: Team, device: torch.device) -> Root:
     """Spread a host's model over the ranks; it is computed with through the root from then on, and only so.
 
-    Raises InlayError for what needs whole tensors between two steps.
+    Raises InlayError for fp16.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    edit = type(host.edits[name])
-    if edit.penalty is not Edit.penalty or edit.after_step is not Edit.after_step:
-        raise InlayError(f"{edit.kind} looks at whole tensors between two steps; train it with parallel: ddp")
     if host.dtype == torch.float16:
         raise InlayError("fp16 scales its loss by what each rank sees; use dtype bf16 or fp32 with parallel: fsdp")
     mesh = init_device_mesh(device.type, (team.size,))
@@ -56,24 +52,6 @@ def shard(host: Host, name: str, team: Team, device: torch.device) -> Root:
     root = Root(host.model)
     fully_shard(root, mesh=mesh)
     return root
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its parts, on the CPU and nobody else's. For a sharded one, all ranks must ask at once."""
-    from torch.distributed.tensor import DTensor
-
-    value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
-
-
-def parted(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, as `like` is spread; the same tensor where it is not."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
-        return value
-    device = like.device_mesh.device_type
-    return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Sharded:
