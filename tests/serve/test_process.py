@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 
@@ -91,7 +92,7 @@ def test_killed_while_adapters_change_it_starts_again_as_before(root):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--adapters", "nowhere"], "no folder 'nowhere'"),
+        (["--port", "0", "--adapters", "nowhere"], "no folder 'nowhere'"),
         (["--rows", "0"], "rows 0"),
         (["--api-key", "a", "--admin-key", "a"], "must differ"),
         (["--port", "99999"], "port 99999"),
@@ -100,3 +101,14 @@ def test_killed_while_adapters_change_it_starts_again_as_before(root):
 def test_wrong_settings_are_one_line(root, capsys, flags, says):
     assert main(["serve", str(root / "base"), *flags]) == 2
     assert says in (told := capsys.readouterr().err) and "Traceback" not in told
+
+
+def test_a_port_that_is_taken_is_told_before_the_base_is_read(root, capsys, monkeypatch):
+    monkeypatch.setattr("inlay.serve.run.application", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(root / "base"), "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert f"127.0.0.1:{port}" in told and "in use" in told and "--port" in told and "Traceback" not in told
+    assert main(["serve", str(root / "base"), "--host", "nowhere.invalid"]) == 2
+    assert "nowhere.invalid" in (told := capsys.readouterr().err) and "--host" in told

@@ -85,7 +85,37 @@ def test_nulls_and_defaults_are_fine(served):
 @pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b'{"model": "base"', b"[" * 5000])
 def test_malformed_json(served, body):
     got = served.http("POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert got.status_code == 400 and got.json()["error"]["type"] == "invalid_request_error"
+    error = got.json()["error"]
+    assert (got.status_code, error["type"], error["param"]) == (400, "invalid_request_error", None)
+    assert "JSON" in error["message"]
+
+
+def test_where_json_breaks_and_what_is_no_json_is_told(served):
+    def told(**more):
+        return served.http("POST", "/v1/completions", **more).json()["error"]["message"]
+
+    json_type = {"content-type": "application/json"}
+    broken = told(content=b'{"model": "base", ', headers=json_type)
+    assert broken.startswith("the body is not JSON, from character 18 on")
+    wanted = "the body must be a JSON object, sent with the header Content-Type: application/json"
+    fine = json.dumps(TEXT).encode()
+    assert [told(), told(content=fine), told(content=fine, headers={"content-type": "text/plain"})] == [wanted] * 3
+    assert told(json=[1]) == wanted
+
+
+def test_a_composition_that_cannot_be_made_is_told_in_the_names_that_were_asked_for(served):
+    got = served.http("POST", "/v1/completions", json=TEXT | {"model": "union(lora, series)"})
+    assert got.status_code == 400 and "'lora' is 'lora'" in got.json()["error"]["message"]
+
+
+def test_a_path_that_is_none_is_answered_with_those_there_are(served):
+    got = served.http("POST", "/chat/completions", json=CHAT)
+    assert got.status_code == 404 and "/v1/chat/completions" in got.json()["error"]["message"]
+
+
+def test_without_an_admin_key_it_is_told_how_to_give_one(root):
+    with tiny_server.inside(root, admin_key=None) as served:
+        assert "INLAY_ADMIN_KEY" in served.http("GET", "/admin/adapters").json()["error"]["message"]
 
 
 def test_the_client_raises_its_own_errors(served):
@@ -155,6 +185,8 @@ def test_adapters_are_loaded_replaced_and_unloaded(root, tmp_path):
         assert admin("DELETE", "new").status_code == 404
         with pytest.raises(openai.NotFoundError):
             says("new")
+        assert "GET /admin/adapters" in admin("DELETE", "new").json()["error"]["message"]
+        assert "Hub" in (hub := admin("POST", "x", "hub:org/nothing").json()["error"]["message"]) and "\n" not in hub
         for name, source, status in (
             ("..%2Fup", None, 400), ("%2e%2e", None, 400), ("x", "../base", 400), ("x", "/etc", 400),
             ("x", "broken", 422), ("base", "lora", 409), ("a+b", "lora", 400), ("x", "hub:org/nothing", 422),

@@ -51,7 +51,7 @@ def shelve(host: Host, folder: Path, name: str | None = None) -> str:
     try:
         held = Held.of(read_bytes(file))
     except SafetensorError as e:
-        raise InlayError(f"{file} is not a readable safetensors file: {e}") from e
+        raise InlayError(f"{file} is not a readable safetensors file: {e}; restore it from a copy") from e
     known = _RENAMINGS.setdefault(host, {})
     key = json.dumps(config, sort_keys=True), held.layout
     if (how := known.get(key)) is not None:

@@ -315,7 +315,10 @@ class Bank:
         try:
             return self._make(text, "mix", model, lambda shelved: compose(self.host, shelved, text))
         except BankError as e:  # parts that do not go together
-            raise BankError(f"{model!r} cannot be composed: {e}", "invalid") from e
+            said = str(e)
+            for name in parts(model):
+                said = said.replace(self._loaded[name].shelved, name)
+            raise BankError(f"{model!r} cannot be composed: {said}", "invalid") from e
 
     def _make(self, name: str, stem: str, source: str, make: Callable[[str], object]) -> Version:
         """Let a version be made on the host and take its name's place; if that fails, nothing has changed."""

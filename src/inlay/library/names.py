@@ -23,7 +23,7 @@ def parts(model: str) -> list[str]:
         return sorted(set(_leaves(_parsed(model))))
     names = model.split("+")
     if len(set(names)) < len(names):
-        raise BankError(f"the model {model!r} names an adapter twice", "invalid")
+        raise BankError(f"the model {model!r} names an adapter twice; name each once", "invalid")
     return names
 
 

@@ -94,7 +94,8 @@ class Sources:
             if folder.is_relative_to(inside) and folder.is_dir():
                 return str(adapter_in(folder) or folder)
         raise BankError(
-            f"there is no folder {source or name!r} in the folders of adapters that were given at the start",
+            f"there is no folder {source or name!r} in the folders of adapters that were given at the start; "
+            f"put it there, or name a folder below them, or {HUB}org/name",
             "bad-source",
             "source",
         )
@@ -151,7 +152,14 @@ def fetch(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = source[len(HUB) :].partition("@")
-    return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:  # of the network, of the Hub, or of a name that it cannot have
+        said = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise InlayError(
+            f"{repo!r} is neither in the Hub's cache nor could it be fetched: {said} Check the id, the revision, and "
+            "whether this machine may reach the Hub"
+        ) from e
 
 
 def _clash(name: str, sources: Iterable[str]) -> str:

@@ -18,13 +18,17 @@ from starlette.types import Receive, Scope, Send
 from inlay import __version__
 from inlay.library.errors import BankError
 from inlay.serve.errors import Refused
-from inlay.serve.gate import Doors, Gate, refusal
+from inlay.serve.gate import PATHS, Doors, Gate, refusal
 from inlay.serve.metrics import Metrics
 from inlay.serve.service import Reply, Service
 from inlay.serve.wire import ChatRequest, CompletionRequest, LoadRequest
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+OBJECT = "the body must be a JSON object, sent with the header Content-Type: application/json"
+NO_OBJECT = ("missing", "model_attributes_type", "dict_type", "model_type")
+"""What pydantic calls a body that is none, or is not an object."""
 
 
 def make_app(
@@ -149,19 +153,23 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, e: RequestValidationError) -> Response:
         first = e.errors()[0]
+        if first["type"] == "json_invalid":
+            said = f"the body is not JSON, from character {first['loc'][-1]} on: {first['ctx']['error']}"
+            return refusal(Refused(said, 400, "invalid_request"))
+        if tuple(first["loc"]) == ("body",) and first["type"] in NO_OBJECT:
+            return refusal(Refused(OBJECT, 400, "invalid_request"))
         where = ".".join(str(p) for p in first["loc"] if p != "body")
-        what = (
-            first["msg"].removeprefix("Value error, ")
-            if first["type"] != "json_invalid"
-            else f"the body is not JSON: {first['ctx']['error']}"
-        )
+        what = first["msg"].removeprefix("Value error, ")
         unknown = first["type"] == "extra_forbidden"
         said = f"this server does not know the field {where!r}" if unknown else f"{where}: {what}" if where else what
         return refusal(Refused(said, 400, "invalid_request", where or None))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, e: HTTPException) -> Response:
-        found = refusal(Refused(f"{request.method} {request.url.path}: {e.detail}", e.status_code))
+        if e.status_code == 400 and request.method in ("POST", "PUT"):  # FastAPI could not read the body
+            return refusal(Refused(OBJECT, 400, "invalid_request"))
+        there = f"; there are {', '.join(PATHS)}" if e.status_code == 404 else ""
+        found = refusal(Refused(f"{request.method} {request.url.path}: {e.detail}{there}", e.status_code))
         found.headers.update(e.headers or {})
         return found
 

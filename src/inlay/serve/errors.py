@@ -16,9 +16,10 @@ OF_A_BANK: dict[Kind, tuple[int, str]] = {
 }
 """What a bank refuses -> HTTP status, word for programs."""
 
-HINTS: dict[Kind, str] = {
-    "unknown": "; /v1/models lists those that do",
-    "broken": ". It is not tried again until PUT /admin/adapters/NAME loads it anew",
+HINTS: dict[tuple[Kind, str], str] = {
+    ("unknown", "model"): "; /v1/models lists those that do",
+    ("unknown", "name"): "; GET /admin/adapters lists those there are",
+    ("broken", "model"): ". It is not tried again until PUT /admin/adapters/NAME loads it anew",
 }
 
 
@@ -39,8 +40,7 @@ class Refused(InlayError):
     @classmethod
     def by_bank(cls, e: BankError) -> Refused:
         """As HTTP says it."""
-        hint = HINTS.get(e.kind, "") if e.field == "model" else ""
-        return cls(f"{e}{hint}", *OF_A_BANK[e.kind], e.field)
+        return cls(f"{e}{HINTS.get((e.kind, e.field), '')}", *OF_A_BANK[e.kind], e.field)
 
     @property
     def again(self) -> bool:

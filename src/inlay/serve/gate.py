@@ -67,7 +67,11 @@ class Gate:
     def _check(self, path: str, headers: Headers) -> None:
         if path.startswith("/admin"):
             if self.admin_key is None:
-                raise Refused("this server was started without an admin key: adapters cannot be changed", 403, "closed")
+                raise Refused(
+                    "adapters cannot be changed: this server was started without an admin key (INLAY_ADMIN_KEY)",
+                    403,
+                    "closed",
+                )
             _same(headers, self.admin_key, "the admin key")
         elif path.startswith("/v1"):
             if not self.doors.open:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator
 from types import FrameType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from inlay.api import attach
+from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.library.bank import Bank
 from inlay.models.base import load_base
@@ -31,16 +33,35 @@ def run(s: ServeSettings) -> None:
     """Load the base, serve until a signal, end what is in flight."""
     logging.basicConfig(level=s.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    doors = Doors()
+    s.keys()
+    doors, door = Doors(), listening_at(s.host, s.port)
     app, batcher = application(s, doors)
     if s.host not in ("127.0.0.1", "localhost", "::1") and s.keys()[0] is None:
         log.warning("listening at %s without an API key: anybody who reaches it may use it", s.host)
     config = uvicorn.Config(app, s.host, s.port, log_config=None, access_log=s.log in ("info", "debug"),
                             timeout_graceful_shutdown=int(s.drain) + 1, server_header=False)  # fmt: skip
     try:
-        Server(config, doors, batcher, s.drain, s.drain_delay).run()
+        Server(config, doors, batcher, s.drain, s.drain_delay).run([door])
     finally:
         batcher.stop(10)
+
+
+def listening_at(host: str, port: int) -> socket.socket:
+    """The door, taken before anything slow is done; nobody is let in yet.
+
+    Raises:
+        InlayError: the address is in use, or not this machine's.
+    """
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+    except OSError as e:
+        door.close()
+        raise InlayError(
+            f"cannot listen at {host}:{port}: {(e.strerror or str(e)).lower()}; choose another --port or --host"
+        ) from e
+    return door
 
 
 def application(s: ServeSettings, doors: Doors | None = None) -> tuple[Any, Batcher]:
