@@ -53,6 +53,15 @@ def test_alibi_is_refused_where_rounding_would_hide_it(family):
         assert not tree.serves(inlay.attach(zoo.base(family, torch.bfloat16)), [[1, 2]], [[[3]]])
 
 
+def test_a_fallback_is_said_once():
+    host, rows = inlay.attach(zoo.base("bloom")), prompts(2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            option_scores(host, Ids(), rows, OPTIONS[:2])
+    assert [str(w.message).partition(",")[0] for w in told] == ["options are scored on copies of their prompts' cache"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_changed_behind_the_head_are_noticed(dtype):
     import transformers as hf

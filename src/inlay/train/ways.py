@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine import head
 from inlay.engine.cache import Cache
@@ -131,6 +132,11 @@ class Packed:
 
     def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
         """Raises InlayError where nothing can be cached."""
+        if share := _dropped_by_function(self.host.model):
+            raise InlayError(
+                f"activations cannot be cached: the base drops them while it trains ({share}); leave the cache off, or "
+                "set that to 0"
+            )
         self.cache = Cache(self.host, name, examples, where)
         told = f"the {self.cache.below} lower blocks of {self.host.anatomy.layers} run once per example"
         return f"{told}; caching that takes {self.cache.bytes:,} bytes"
@@ -139,6 +145,14 @@ class Packed:
         """Attention within sequences, and the engine's own nodes."""
         narrow = self.narrow and (self.cache is None or self.cache.below < self.host.anatomy.layers)
         return engaged(self.host, self.steady, narrow)
+
+
+def _dropped_by_function(model: nn.Module) -> str:
+    """A share of activations that forwards drop by a function, without an `nn.Dropout` (OPT, BLOOM, Falcon)."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    held = [(k, v) for m in model.modules() for k, v in vars(m).items() if "dropout" in k]
+    held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]
+    return next((f"{k} {v:g}" for k, v in held if isinstance(v, float) and v > 0), "")
 
 
 def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:
