@@ -94,6 +94,7 @@ def train(
     kept = sum(getattr(p, "_local_tensor", p).numel() for n, p in host.model.named_parameters() if "inlay" not in n)
     return {
         "kept": kept,
+        "below": getattr(host.model, "below", 0),
         "loss": r.loss,
         "val_loss": r.val_loss,
         "best_step": r.best_step,
@@ -169,3 +170,17 @@ def no_dropout(host: Any) -> None:
     for module in host.model.modules():
         if type(module).__name__ == "Dropout":
             module.p = 0.0
+
+
+def counts_below(host: Any) -> None:
+    """A rig that counts the tokens that the first block learns from; `train` returns them as `below`."""
+    import torch
+
+    model = host.model
+    model.below = 0
+
+    def count(module: Any, given: Any, out: Any) -> None:
+        if torch.is_grad_enabled():
+            model.below += out.shape[:-1].numel()
+
+    model.model.layers[0].mlp.register_forward_hook(count)

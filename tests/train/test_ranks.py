@@ -12,7 +12,7 @@ import torch
 import inlay
 from inlay.train import checkpoint
 from inlay.train.ranks import ALONE, shares
-from tests.train.ranked import breaks, launch, metrics, no_dropout, stops_after, train, train_differently
+from tests.train.ranked import breaks, counts_below, launch, metrics, no_dropout, stops_after, train, train_differently
 from tests.train.tiny import base, copy, rows, same
 
 NEAR = {"rel": 1e-5}
@@ -33,6 +33,22 @@ def adapters_alike(one, other, kind="llama"):
     inlay.load(a, one / "adapter"), inlay.load(b, other / "adapter")
     for k, v in copy(a).items():
         torch.testing.assert_close(copy(b)[k], v, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_cached_activations_are_computed_once_by_one_of_two_ranks(tmp_path, parallel):
+    own, changes = {"at": "q,up@last1"}, {"steps": 9, "eval_every": 0, "parallel": parallel}
+    cached = {**changes, "cache_activations": "ram"}
+    want = train(tmp_path / "one", "lora", own, changes, rig=counts_below)
+    once = sum(len(e.input_ids) for e in rows(11, prompt=True))
+    assert want["below"] > 2 * once
+    two = launch(2, train, tmp_path / "two", "lora", own, cached, 11, False, counts_below)
+    assert [got["loss"] for got in two] == pytest.approx(2 * [want["loss"]], **NEAR)
+    below = sum(got["below"] for got in two)
+    idle = min(len(e.input_ids) for e in rows(11))  # computed where a rank has nothing to do and parts are gathered
+    assert below == once if parallel == "ddp" else once <= below <= once + 9 * idle
+    alike(tmp_path / "one", tmp_path / "two")
+    adapters_alike(tmp_path / "one", tmp_path / "two")
 
 
 def test_shares_are_even_and_whole():

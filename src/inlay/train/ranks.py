@@ -203,10 +203,18 @@ class Shared:
 
     def __init__(self, way: Way, team: Team):
         self.way, self.team = way, team
+        self.home: dict[int, int] = {}
+        """The rank that always computes an example, by the example's identity, where that matters."""
+
+    def parts(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """What each rank computes; some may be empty."""
+        if not all(id(e) in self.home for e in examples):
+            return shares(examples, self.team.size)
+        return [[e for e in examples if self.home[id(e)] == rank] for rank in range(self.team.size)]
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """This rank's groups; none if there are fewer examples than ranks."""
-        return self.way.split(shares(examples, self.team.size)[self.team.rank])
+        return self.way.split(self.parts(examples)[self.team.rank])
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """As the way's own."""
@@ -221,7 +229,11 @@ class Shared:
         return self.way.active()
 
     def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
-        """In this process's memory: ranks of several machines would not see each other's writes to a file."""
+        """Each rank keeps a share of its own, and computes the examples in it from now on: one that went to another
+        rank in the next epoch would not be found there. Ranks of several machines would not see each other's file."""
         if where != "ram":
             raise InlayError("several processes cannot share cached activations on disk; set cache_activations: ram")
-        return self.way.remember(name, examples, where)
+        every = shares(examples, self.team.size)
+        said = self.way.remember(name, every[self.team.rank], where)
+        self.home = {id(e): rank for rank, part in enumerate(every) for e in part}
+        return f"{said} in process {self.team.rank} of {self.team.size}"

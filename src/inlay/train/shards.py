@@ -7,10 +7,8 @@ engine calls the decoder and the head apart, and both find their tensors gathere
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.example import Example
 from inlay.engine.head import Read
-from inlay.train.ranks import Team, shares
+from inlay.train.ranks import Shared, Team
 from inlay.train.ways import Way
 
 
@@ -54,16 +52,20 @@ def shard(host: Host, team: Team, device: torch.device) -> Root:
     return root
 
 
-class Sharded:
-    """A way whose forwards go through the root; every rank makes as many as the one with most to do."""
+class Sharded(Shared):
+    """A way whose forwards go through the root; every rank makes as many as the one with most to do.
+
+    Cached activations spare the computing of the blocks below the adapter, which are gathered all the same.
+    """
 
     def __init__(self, way: Way, root: Any, team: Team, filler: Example):
-        self.way, self.root, self.team, self.filler = way, root, team, filler
+        super().__init__(way, team)
+        self.root, self.filler = root, filler
         root.reshard()  # the trial that chose the way left it gathered
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """This rank's groups; an empty one stands for a forward that others need to gather their tensors."""
-        groups = [self.way.split(part) for part in shares(examples, self.team.size)]
+        groups = [self.way.split(part) for part in self.parts(examples)]
         mine = groups[self.team.rank]
         return mine + [[]] * (max(map(len, groups)) - len(mine))
 
@@ -85,11 +87,3 @@ class Sharded:
             t.register_hook(lambda grad: grad * self.team.size)
         if not found:
             self.root.reshard()  # a backward would have done it
-
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """As the way's own."""
-        return self.way.active()
-
-    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
-        """Nothing: blocks that are passed over would still be gathered."""
-        raise InlayError("activations are not cached under parallel: fsdp; set cache_activations: off")
