@@ -236,10 +236,18 @@ def test_the_command_line_knows_inlay(worn, tok, tasks, tmp_path, monkeypatch, c
         "--batch_size",
         "2",
     ]
-    monkeypatch.setattr("sys.argv", args)
+    monkeypatch.setattr("sys.argv", list(args))
     monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
     main()
     assert "tiny_choice" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [a.replace(f"adapter={tmp_path / 'a'}", "adapter=nowhere") for a in args])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("/nowhere is not a folder; an adapter is a folder with its config and its tensors")
+    )
 
 
 def test_what_is_wrong_is_told(worn, tok):

@@ -16,8 +16,13 @@ def run(s: EvalSettings) -> None:
 
     quiet()
     from inlay.evaluate import settings
+    from inlay.train.bar import note
 
-    settings.run(s)
+    try:
+        settings.run(s)
+    except KeyboardInterrupt:
+        note(f"what is done is in {s.out}; the same command goes on from there")
+        raise
 
 
 VERB = Verb(

@@ -7,6 +7,8 @@ every other flag is the harness's own. (Its `lm_eval` command looks for no plug-
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -208,19 +210,23 @@ class InlayLM(HFLM):
 
 def _load(pretrained: str, adapter: str | None, dtype: str | None, device: str | None) -> tuple[Host, Any, str | None]:
     import inlay
-    from inlay.interop import formats
+    from inlay.evaluate.settings import hang
     from inlay.models.base import load_base
 
     model, tokenizer = load_base(pretrained, DTYPES.get(dtype, dtype) if dtype else None, device)
     host = inlay.attach(model)
-    return host, tokenizer, None if adapter is None else formats.read(host, adapter, "adapter")
+    return host, tokenizer, None if adapter is None else hang(host, Path(adapter))
 
 
 def main() -> None:
-    """The harness's own command line, with `inlay` among its models."""
+    """The harness's own command line, with `inlay` among its models; what it refuses is told in a line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InlayError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class DataSettings:
     """What is learned from."""
 
     task: str | None = None
-    """A data set by name (see `inlay.tasks`)."""
+    """A data set by name, such as `world-arith` (nothing to fetch) or `math_10k`; docs/tasks.md lists all."""
     train_file: Path | None = None
     """A JSON or JSON-lines file with `instruction`, `input`, `output`, `answer`; with `task`, that task's own file."""
     val_file: Path | None = None
@@ -78,8 +78,7 @@ class OptimSettings:
     batch_size: int = 16
     """Examples per optimizer step."""
     micro_batch: int = 4
-    """Most examples per forward of the plain engine; gradients add up to those of `batch_size`, as if it were one
-    batch."""
+    """Most examples per forward of the plain engine; gradients add up to those of one `batch_size`."""
     epochs: float = 3.0
     """Passes over the training set."""
     steps: int | None = None
