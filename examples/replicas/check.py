@@ -46,8 +46,8 @@ async def main(url: str, folder: Path) -> int:
             seconds = time.monotonic() - start
             print(f"round {round_}: {len(PROMPTS)} answers, {wrong} wrong, {seconds:.1f} s, by {dict(by)}")
             if round_ == 0:
-                victim = int(by.most_common(1)[0][0])
-                os.kill(victim, signal.SIGKILL)
+                victim = by.most_common(1)[0][0]  # its process, or its address
+                os.kill(int(os.environ.get(f"PID_{victim.rpartition(':')[2]}", victim)), signal.SIGKILL)
                 print(f"killed {victim}")
             by.clear()
     return int(bool(wrong))
