@@ -1,9 +1,11 @@
 """Suites: a trained adapter scores, files re-score alike, a run goes on after a kill, other settings are refused."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 import inlay
 from inlay.core.errors import InlayError
@@ -102,6 +104,10 @@ def test_scores_files_and_comparisons(worn, tok, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| good | 100.0 | 100.0 | 100.0 |" in text and "p (McNemar)" in text
     assert report.table().row_count == 6
+    narrow = Console(width=72, file=io.StringIO())
+    narrow.print(report.table())
+    shown = narrow.file.getvalue()
+    assert all(f"{c.low:.1f}-{c.high:.1f}" in shown and c.dataset in shown for c in report.cells)
 
 
 @pytest.mark.parametrize("how", ["generate", "options"])

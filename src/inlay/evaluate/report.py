@@ -112,13 +112,16 @@ class Report:
         write_text(Path(folder) / "report.md", self.markdown())
 
     def table(self) -> Table:
-        """For the terminal."""
+        """For the terminal; where that is narrow, headings are broken and never numbers."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         head, rows = _detail_rows(self)
-        out = Table(title=f"accuracy, % ({self.settings['protocol']}, {self.settings['how']})")
+        title = f"accuracy, % ({self.settings['protocol']}, {self.settings['how']})"
+        out = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
         for i, name in enumerate(head[:7]):
-            out.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
+            wide, left = max(len(row[i]) for row in rows), i < 2
+            out.add_column(name, justify="left" if left else "right", min_width=wide, no_wrap=left, overflow="fold")
         for row in rows:
             out.add_row(*row[:7])
         return out
