@@ -157,8 +157,8 @@ def fetch(source: str) -> Path:
     except Exception as e:  # of the network, of the Hub, or of a name that it cannot have
         said = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InlayError(
-            f"{repo!r} is neither in the Hub's cache nor could it be fetched: {said} Check the id, the revision, and "
-            "whether this machine may reach the Hub"
+            f"{repo!r} is neither in the Hub's cache nor could it be fetched: {said.rstrip('.')}; check the id, the "
+            "revision, and whether this machine may reach the Hub"
         ) from e
 
 
