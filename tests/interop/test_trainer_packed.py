@@ -14,7 +14,7 @@ from inlay.engine.trainer import PackingCollator, packed_forward
 from inlay.train import fit
 from tests.engine.graph import nodes
 from tests.interop.trainers import arguments, losses, pad, sft, texts, trainer
-from tests.train.tiny import base, copy, rows, settings, wearing
+from tests.train.tiny import Row, base, copy, rows, settings, wearing
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 
@@ -84,6 +84,31 @@ def test_packed_trainer_learns_what_trainer_learns(tmp_path, method, kind, chang
     for k, v in plain.items():
         torch.testing.assert_close(packed[k], v, rtol=1e-3, atol=1e-3)
     assert learned < 0.75 * all_of_them
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "llama"), ("series", "gpt2")])
+def test_packed_trainer_under_autocast_learns_what_trainer_learns(tmp_path, method, kind):
+    """Rounded to bfloat16 in other places, the gradients of the first step agree, and the losses of all."""
+    data, made = rows(22, prompt=True), []
+    for packing in (False, True):
+        host = wearing(method, kind=kind).use("a")
+        drop(host.model)
+        collator = PackingCollator() if packing else pad
+        made.append(trained(host.model, tmp_path, data, packing, collator, bf16=True)[0])
+    want, got = made
+    assert got[0][1] == pytest.approx(want[0][1], rel=5e-3)
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in want], rel=2e-3)
+
+
+def test_a_first_batch_without_learned_tokens_decides_nothing():
+    model, batch = wearing().use("a").model.train(), rows(3, prompt=True)
+    unlearned = [Row(r.input_ids, [-100] * len(r.labels)) for r in batch]
+    with packed_forward(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing = model(**PackingCollator()(unlearned)).loss
+        nothing.backward()
+        assert nothing.item() == 0
+        assert "LinearsBackward" in nodes(model(**PackingCollator()(batch)).loss)
 
 
 def test_packed_forward_serves_peft_and_bare_models(tmp_path):
@@ -234,6 +259,14 @@ def test_packed_forward_computes_by_the_nodes_of_the_own_loop():
     assert {"LinearsBackward", "GatedBackward", "RMSNormBackward", "RotaryBackward"} <= set(nodes(loss))
     assert seen[-1].numel() == learned
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_a_model_of_a_derived_class_has_the_same_nodes():
+    """As FSDP2 derives one, in a module of its own."""
+    model = wearing(at="linear").use("a").model.train()
+    model.__class__ = type("FSDPLlamaForCausalLM", (type(model),), {})
+    with packed_forward(model):
+        assert {"LinearsBackward", "RotaryBackward"} <= set(nodes(model(**pad(rows(3))).loss))
 
 
 def test_either_goes_on_from_the_others_checkpoint(tmp_path):

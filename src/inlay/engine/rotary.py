@@ -75,8 +75,9 @@ def _apply(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Te
 @contextlib.contextmanager
 def rotary(host: Host) -> Iterator[None]:
     """Within the block, the decoder's rotary positions are one node each for queries and keys."""
-    home: Any = sys.modules[type(host.model).__module__]
-    plain = vars(home).get(NAME)
+    homes = (sys.modules[c.__module__] for c in type(host.model).__mro__)  # FSDP2 puts a class of its own before them
+    home: Any = next((h for h in homes if NAME in vars(h)), None)
+    plain = None if home is None else vars(home)[NAME]
     if plain is None or not all(says(vars(home).get(name), body) for name, body in BODIES.items()):
         yield
         return
