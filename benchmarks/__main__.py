@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from benchmarks.generate import Generation
 from benchmarks.harness import FASTER, SHARE, Result, Watch, compare, faster, machine, peak, record, rounds
 from benchmarks.lengths import Row, about, rows
 from benchmarks.train import METHODS, Ours, Peer, Side, agree, alike, batches, pair, turn
+from inlay.core.host import Host
 
 PEFT = "PEFT + Trainer"
 LIMIT = "its matrix products alone, at the rate measured here"
@@ -222,23 +223,47 @@ def mix(asked: Asked) -> Iterator[Result]:
         walls = {n: [t.wall for t in v] for n, v in took.items()}
         about = f"{many} rows, context {mixing.CONTEXT}" if steps else f"{many} x {mixing.CONTEXT} tokens"
         for name in plans:
-            title = (
-                f"mixed {what}, {name if ',' in name or 'methods' in name else f'{name}, {many} adapters'} {asked.size}"
-            )
+            title = _mixed(what, name, many, asked.size)
             yield compare(title, SHARE, walls[name], walls["bare"], "s", "the bare model", about)
         for name, n in (("LoRA", many), ("LoRA, 4 adapters", 4)):
             title = f"mixed {what}, LoRA, {n} adapters {asked.size}"
             yield faster(title, took[name], took[f"PEFT {n}"], "PEFT adapter_names", about)
+    yield from _in_slots(host, bare, {"bare": [None] * many, **plans}, asked)
+
+
+def _mixed(what: str, name: str, many: int, size: str) -> str:
+    return f"mixed {what}, {name if ',' in name or 'methods' in name else f'{name}, {many} adapters'} {size}"
+
+
+def _in_slots(
+    host: Host, bare: mixing.Decoder, plans: Mapping[str, Sequence[str | None]], asked: Asked
+) -> Iterator[Result]:
+    """Steps as `inlay.evaluate.generate` makes them, over transformers' and over its own on the bare base."""
+    sides = {name: mixing.Slotted(host, plan) for name, plan in plans.items()}
+    want, got = bare.logits(), sides["bare"].logits()
+    if (off := float((got - want).abs().max() / want.abs().max())) > 1e-4:
+        raise RuntimeError(f"logits in slots are {off:.1e} off")
+    runs = {name: partial(s.steps, 5 * asked.steps) for name, s in sides.items()}
+    took = rounds({**runs, "transformers": partial(bare.steps, 5 * asked.steps)}, asked.rounds)
+    walls = {n: [t.wall for t in v] for n, v in took.items()}
+    many = len(plans["bare"])
+    note = f"{many} rows, context {mixing.CONTEXT}; bare logits agree to {off:.0e}"
+    for name in plans:
+        title = f"bare decode in slots {asked.size}"
+        if name != "bare":
+            title = _mixed("decode in slots", name, many, asked.size)
+            yield compare(title, SHARE, walls[name], walls["bare"], "s", "the bare model in slots", note)
+        yield compare(title, SHARE, walls[name], walls["transformers"], "s", "the bare model", note)
 
 
 def heterogeneous(asked: Asked) -> Iterator[Result]:
     """RoAd's headline, scaled down: tokens a second with an adapter per request, against LoRA by `torch.bmm`."""
     for requests in (2,) if asked.quick else (1, 2, 4, 8, 16, 32, 64):
         host, _ = mixing.shelved(asked.size, [("lora", requests), ("road1", requests)])
-        sides: dict[str, mixing.Decoder] = {
-            "RoAd": mixing.Worn(host, [f"road1-{i}" for i in range(requests)]),
-            "LoRA": mixing.Worn(host, [f"lora-{i}" for i in range(requests)]),
-            "bmm": mixing.Decoder(mixing.with_bmm(asked.size, requests), requests),
+        sides = {
+            "RoAd": mixing.Slotted(host, [f"road1-{i}" for i in range(requests)]),
+            "LoRA": mixing.Slotted(host, [f"lora-{i}" for i in range(requests)]),
+            "bmm": mixing.Slotted(mixing.with_bmm(asked.size, requests), [None] * requests),
         }
         took = rounds({n: partial(d.steps, 5 * asked.steps) for n, d in sides.items()}, asked.rounds)
         speed = {n: requests * 5 * asked.steps / statistics.median(t.wall for t in v) for n, v in took.items()}

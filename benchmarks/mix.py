@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers import DynamicCache
 import inlay
 from benchmarks.bases import ALL_LINEARS, llama
 from benchmarks.harness import Took, clock
+from inlay.core.host import Host
+from inlay.evaluate import slots
 
 CONTEXT = 128
 UNLIKE = ("lora", "road1", "dora", "ia3", "series", "parallel", "adalora", "road4")
@@ -41,6 +44,15 @@ class Decoder:
         return self.forward(input_ids=self.prompt, past_key_values=self.cache, logits_to_keep=1).logits
 
     @torch.no_grad()
+    def logits(self) -> Tensor:
+        """(B, V) after the prompt and one token."""
+        self.prefill()
+        assert self.cache is not None
+        said: Tensor = self.forward(input_ids=self.token, past_key_values=self.cache).logits[:, -1]
+        self.cache.crop(-1)
+        return said
+
+    @torch.no_grad()
     def steps(self, number: int) -> Took:
         """Time of so many steps."""
         if self.cache is None:
@@ -56,7 +68,7 @@ class Decoder:
         return spent
 
 
-def shelved(size: str, wanted: Sequence[tuple[str, int]]) -> tuple[inlay.Host, list[str]]:
+def shelved(size: str, wanted: Sequence[tuple[str, int]]) -> tuple[Host, list[str]]:
     """A host with so many adapters of each method on its shelf, at the method's usual places (LoRA's: all linears)."""
     donor, host = (inlay.attach(llama(size).eval()) for _ in range(2))
     names = []
@@ -76,7 +88,7 @@ def shelved(size: str, wanted: Sequence[tuple[str, int]]) -> tuple[inlay.Host, l
 class Worn(Decoder):
     """A plan on a host."""
 
-    def __init__(self, host: inlay.Host, plan: Sequence[str]):
+    def __init__(self, host: Host, plan: Sequence[str]):
         super().__init__(host.model, len(plan))
         self.host, self.plan = host, plan
 
@@ -87,6 +99,43 @@ class Worn(Decoder):
     def steps(self, number: int) -> Took:
         with self.host.steady(), self.host.using(*self.plan):
             return super().steps(number)
+
+
+class Slotted:
+    """The same in the slots that `inlay.evaluate.generate` decodes in; without a name, a row wears nothing."""
+
+    def __init__(self, host: Host, plan: Sequence[str | None]):
+        vocabulary = host.model.config.vocab_size
+        prompt = torch.randint(3, vocabulary, (len(plan), CONTEXT), generator=torch.Generator().manual_seed(1))
+        self.host, self.plan, self.token = host, plan, prompt[:, 0]
+        self.cache = slots.Slots(host, len(plan), 2 * CONTEXT)
+        with self._decoding():
+            self.cache.begin(range(len(plan)), prompt.tolist(), [() if n is None else (n,) for n in plan])
+        while not self.cache.due:
+            self.steps(8)
+
+    @contextlib.contextmanager
+    def _decoding(self) -> Iterator[None]:
+        with torch.no_grad(), self.host.steady(), self.host.using(*self.plan), self.cache.attending():
+            yield
+
+    def logits(self) -> Tensor:
+        """(B, V) after the prompt and one token."""
+        with self._decoding():
+            return self._step()
+
+    def steps(self, number: int) -> Took:
+        """Time of so many steps."""
+        with self._decoding():
+            self._step()
+            began = clock()
+            for _ in range(number):
+                self._step()
+            return began.since()
+
+    def _step(self) -> Tensor:
+        self.cache.length = [CONTEXT] * len(self.plan)
+        return self.cache.step(self.token)
 
 
 def with_peft(size: str, adapters: int, rows: int) -> Callable[..., Any]:
@@ -118,10 +167,10 @@ class Bmm(nn.Module):
         return self.layer(x) + torch.bmm(torch.bmm(x, self.A), self.B)
 
 
-def with_bmm(size: str, rows: int) -> Any:
-    """A model whose linears all are `Bmm`."""
+def with_bmm(size: str, rows: int) -> Host:
+    """A model whose linears all are `Bmm`; nothing of ours hangs on it."""
     model = llama(size).eval()
     for path, m in list(model.named_modules()):
         if isinstance(m, nn.Linear) and path != "lm_head":
             model.set_submodule(path, Bmm(m, rows))
-    return model
+    return inlay.attach(model)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import inlay
+from inlay.core.product import has_other
+from inlay.engine import reorder
 from inlay.engine.reorder import Reordered
 from inlay.evaluate import GenerateSettings, generate, slots
 from tests.evaluate import tiny
@@ -137,19 +139,28 @@ def test_buffers_grow_and_rows_move_without_a_trace():
 
 def test_reordered_weights_change_nothing(monkeypatch):
     monkeypatch.setattr(slots, "REORDER", 3)
+    monkeypatch.setattr(reorder, "FEW", 1)
     host, tok = tiny.host("llama"), tiny.tokenizer()
-    monkeypatch.setattr("inlay.engine.reorder.slow_default", lambda: torch.backends.mkldnn.is_available())
     found = generate(host, tok, tiny.PROMPTS, tiny.PLAN, GenerateSettings(max_new_tokens=12, batch_size=2))
     monkeypatch.setattr(slots, "REORDER", 10**9)
     assert found == generate(host, tok, tiny.PROMPTS, tiny.PLAN, GenerateSettings(max_new_tokens=12, batch_size=2))
     assert not any("forward" in vars(m) for m in host.model.modules())
 
 
-def test_a_changed_weight_is_reordered_again(monkeypatch):
-    monkeypatch.setattr("inlay.engine.reorder.slow_default", lambda: torch.backends.mkldnn.is_available())
+@pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")
+@pytest.mark.parametrize("slow", (True, False))
+def test_weights_are_reordered_for_as_many_rows_as_gain_by_it(slow, monkeypatch):
+    monkeypatch.setattr(reorder, "slow_default", lambda: slow)
+    model = tiny.host("llama").model
+    assert bool(Reordered(model, reorder.FEW - 1).bytes) == slow
+    assert Reordered(model, reorder.FEW).bytes
+
+
+@pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")
+def test_a_changed_weight_is_reordered_again():
     host = tiny.host("gpt2")
     made = Reordered(host.model)
-    ids = torch.tensor([[5, 6, 7]])
+    ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         for _ in range(2):
             with made.active():

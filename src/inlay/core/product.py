@@ -20,11 +20,17 @@ from torch.nn.functional import linear
 
 
 @functools.cache
-def slow_default() -> bool:
-    """Whether float32 products are better left to oneDNN on this machine."""
+def has_other() -> bool:
+    """Whether there is oneDNN beside MKL, and PyTorch lets it be called."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def slow_default() -> bool:
+    """Whether float32 products are better left to oneDNN on this machine."""
+    if not has_other():
         return False
     info = Path("/proc/cpuinfo")
     return "AuthenticAMD" in (info.read_text() if info.is_file() else platform.processor())

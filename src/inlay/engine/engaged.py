@@ -11,6 +11,7 @@ from inlay.engine.fused import fused_linears
 from inlay.engine.gated import gated_mlps
 from inlay.engine.last import only_read
 from inlay.engine.linear import fast_linears
+from inlay.engine.memory import kept
 from inlay.engine.norm import rms_norms
 from inlay.engine.rotary import rotary
 from inlay.engine.steady import Steady
@@ -27,6 +28,8 @@ def engaged(host: Host, steady: Steady, narrow: bool = True) -> Iterator[None]:
     fast, host.fast = host.fast, True
     try:
         with contextlib.ExitStack() as stack:
+            if host.device.type == "cpu":
+                stack.enter_context(kept())
             stack.enter_context(apart(host))
             stack.enter_context(fused_linears(host, steady))
             stack.enter_context(gated_mlps(host))

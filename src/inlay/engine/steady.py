@@ -77,10 +77,12 @@ def _turned(W: Tensor, c: Tensor) -> Tensor:
     for to, rows, part in zip(said.split(2 * CHUNK), W.split(2 * CHUNK), c.split(CHUNK), strict=True):
         rows = rows.float().unflatten(0, (-1, 2))
         re, im = part.real[:, None], part.imag[:, None]
-        out = rows * re[:, None]
+        out = to.unflatten(0, (-1, 2)) if W.dtype == torch.float32 else torch.empty_like(rows)
+        torch.mul(rows, re[:, None], out=out)
         out[:, 0].addcmul_(rows[:, 1], im, value=-1)
         out[:, 1].addcmul_(rows[:, 0], im)
-        to.copy_(out.flatten(0, 1))
+        if W.dtype != torch.float32:
+            to.copy_(out.flatten(0, 1))
     return said
 
 

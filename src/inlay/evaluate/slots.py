@@ -91,7 +91,7 @@ class Slots(Cache):
 
         model = self.host.model
         if self.due:
-            made = Reordered(model)
+            made = Reordered(model, len(self.length))
             self._reordered = made if made.fits() else Reordered()
         with (
             attending(self.host, f"inlay-slots-{id(self.host)}", self._attend, mask),
