@@ -29,6 +29,7 @@ from benchmarks.harness import FASTER, SHARE, Result, Watch, compare, faster, ma
 from benchmarks.lengths import Row, about, rows
 from benchmarks.train import METHODS, Ours, Peer, Side, agree, alike, batches, pair, turn
 from inlay.core.host import Host
+from inlay.engine.memory import kept
 
 PEFT = "PEFT + Trainer"
 LIMIT = "its matrix products alone, at the rate measured here"
@@ -151,7 +152,9 @@ def cost(asked: Asked) -> Iterator[Result]:
     """A step over the frozen forward and backward, and over the time of the products that it cannot avoid."""
     for dtype in asked.dtypes:
         steps = bound.Steps(asked.size, dtype, "math")
-        took = rounds({str(n): partial(steps.run, n) for n in (None, *bound.METHODS)}, asked.rounds)
+        sides = {str(n): partial(steps.run, n) for n in (None, *bound.METHODS)}
+        with kept():
+            took = rounds({**sides, "plain": steps.plain}, asked.rounds)
         walls = {name: [t.wall for t in v] for name, v in took.items()}
         config = steps.host.model.config
         rates = bound.gemm(dtype, config)
@@ -159,6 +162,8 @@ def cost(asked: Asked) -> Iterator[Result]:
         for name in bound.METHODS:
             over = "frozen forward + backward in the same engine"
             yield compare(f"cost {name} {asked.size} {dtype}", SHARE, walls[name], walls["None"], "s", over)
+            plain = "frozen forward + backward, padded, by transformers"
+            yield compare(f"cost {name} {asked.size} {dtype}", SHARE, walls[name], walls["plain"], "s", plain)
             yield compare(f"cost {name} {asked.size} {dtype}", SHARE, walls[name], least, "s", LIMIT, bound.told(rates))
 
 

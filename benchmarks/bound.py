@@ -11,6 +11,7 @@ from benchmarks.bases import llama
 from benchmarks.harness import Took, clock
 from benchmarks.lengths import Row, rows
 from benchmarks.train import batches
+from inlay.train.ways import Packed, Plain, Way
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": 8, "alpha": 16.0}),
@@ -26,12 +27,11 @@ class Steps:
     def __init__(self, size: str, dtype: str, kind: str):
         import inlay
         from inlay.engine.pack import budget
-        from inlay.train.ways import Packed
 
         self.host = inlay.attach(llama(size, dtype))
         for name, (method, settings) in METHODS.items():
             self.host.add(name, inlay.method(method).make(**settings), at="linear", seed=0)
-        self.way = Packed(self.host, 0, budget(self.host.device))
+        self.way = Packed(self.host, 0, budget(self.host))
         self.cut = batches(rows(kind, 32, self.host.model.config.vocab_size), 8)
         self.host.model.get_input_embeddings().register_forward_hook(self._leaf)
         self.bare = False
@@ -41,12 +41,20 @@ class Steps:
 
     def run(self, name: str | None) -> Took:
         """Time of all batches."""
+        with self.way.active():
+            return self._run(name, self.way)
+
+    def plain(self) -> Took:
+        """The same for the frozen model in padded batches, with logits in every column, as transformers computes it."""
+        return self._run(None, Plain(self.host, 0, len(self.cut[0])))
+
+    def _run(self, name: str | None, way: Way) -> Took:
         self.bare = name is None
         began = clock()
-        with self.host.using(name), self.way.active():
+        with self.host.using(name):
             for batch in self.cut:
-                for part in self.way.split(batch):
-                    self.way.loss(part).backward()
+                for part in way.split(batch):
+                    way.loss(part).backward()
         took = began.since()
         for p in self.host.parameters():
             p.grad = None

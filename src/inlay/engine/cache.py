@@ -127,8 +127,15 @@ def refused(host: Host, below: int) -> str:
     """Why nothing can be cached; empty if something can."""
     if not below:
         return "the adapter reaches down to the first block (or has virtual tokens); hang it higher, e.g. 'q,v@last4'"
-    drops = [n for n, m in host.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    config: Any = host.model.config.get_text_config()  # type: ignore[operator, union-attr]
-    if drops or bool(getattr(config, "attention_dropout", 0)):
-        return f"the base drops activations while it trains ({drops[0] if drops else 'attention_dropout'})"
+    if share := _dropped(host.model):
+        return f"the base drops activations while it trains ({share}); leave the cache off, or set that to 0"
     return ""
+
+
+def _dropped(model: nn.Module) -> str:
+    """What share of activations forwards drop, by a module or by a function (OPT, BLOOM, Falcon); empty for none."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    held = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
+    held += [(k, v) for m in model.modules() for k, v in vars(m).items() if "dropout" in k]
+    held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]
+    return next((f"{k} {v:g}" for k, v in held if isinstance(v, float) and v > 0), "")

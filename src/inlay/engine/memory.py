@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def _glibc() -> Any:
     return library if hasattr(library, "mallopt") else None
 
 
+_blocks = 0
+"""Blocks that are open now, one within another or in several threads."""
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Within the block, memory that is freed stays with the process; under glibc only, and if nobody has tuned its heap
@@ -42,14 +48,20 @@ def kept() -> Iterator[None]:
     again a moment later: every page is then cleared and mapped anew, up to 170,000 of them in four steps of a 60M base
     in bfloat16.
     """
+    global _blocks
     library = _glibc()
     if library is None:
         yield
         return
-    for threshold in USUAL:
-        library.mallopt(threshold, 2**31 - 1)
+    with _lock:
+        _blocks += 1
+        for threshold in USUAL:
+            library.mallopt(threshold, 2**31 - 1)
     try:
         yield
     finally:
-        for threshold, usual in USUAL.items():
-            library.mallopt(threshold, usual)
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                for threshold, usual in USUAL.items():
+                    library.mallopt(threshold, usual)

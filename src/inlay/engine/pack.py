@@ -17,13 +17,13 @@ from inlay.engine.attention import has_interface
 from inlay.engine.example import IGNORED, Example, unlearned
 
 BUDGET = {"cpu": 768}
-"""Tokens of a forward by kind of device: what keeps it busy, and no more memory than that."""
+"""Tokens of a forward in float32 by kind of device: what keeps it busy, and no more memory than that."""
 BUDGET_ELSEWHERE = 8192
 
 
-def budget(device: torch.device) -> int:
-    """Tokens that a forward on this device should hold."""
-    return BUDGET.get(device.type, BUDGET_ELSEWHERE)
+def budget(host: Host) -> int:
+    """Tokens that a forward of this host should hold: on a CPU twice as many in 16 bits, which take the same memory."""
+    return BUDGET[host.device.type] * 4 // host.dtype.itemsize if host.device.type in BUDGET else BUDGET_ELSEWHERE
 
 
 def rounding(dtype: torch.dtype) -> float:

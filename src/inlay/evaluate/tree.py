@@ -230,7 +230,7 @@ def scores(
     scorer = Scorer(host, heads[0][:shared])
     trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]
     size = [tree.tokens + room(host, worn) for tree, worn in zip(trees, plans, strict=True)]
-    most = budget(host.device)
+    most = budget(host)
     first = turns(plans)
 
     def filled(group: Sequence[int]) -> int:

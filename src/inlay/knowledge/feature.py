@@ -157,7 +157,7 @@ def expected(
     order = sorted((n for n, own in enumerate(tails) if own), key=lambda n: -len(rows[n]))
     with torch.no_grad(), quiet(host), host.using(plan):
         while order:
-            many = max(1, min(budget(host.device), LOGITS // len(E_VD)) // len(rows[order[0]]))
+            many = max(1, min(budget(host), LOGITS // len(E_VD)) // len(rows[order[0]]))
             batch, order = order[:many], order[many:]
             ids, mask = padded([rows[n] for n in batch], 0, host.device, "right")
             with host.prompts([len(heads[n]) for n in batch]):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine import head
 from inlay.engine.cache import Cache
@@ -132,11 +131,6 @@ class Packed:
 
     def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
         """Raises InlayError where nothing can be cached."""
-        if share := _dropped_by_function(self.host.model):
-            raise InlayError(
-                f"activations cannot be cached: the base drops them while it trains ({share}); leave the cache off, or "
-                "set that to 0"
-            )
         self.cache = Cache(self.host, name, examples, where)
         told = f"the {self.cache.below} lower blocks of {self.host.anatomy.layers} run once per example"
         return f"{told}; caching that takes {self.cache.bytes:,} bytes"
@@ -147,21 +141,13 @@ class Packed:
         return engaged(self.host, self.steady, narrow)
 
 
-def _dropped_by_function(model: nn.Module) -> str:
-    """A share of activations that forwards drop by a function, without an `nn.Dropout` (OPT, BLOOM, Falcon)."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    held = [(k, v) for m in model.modules() for k, v in vars(m).items() if "dropout" in k]
-    held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]
-    return next((f"{k} {v:g}" for k, v in held if isinstance(v, float) and v > 0), "")
-
-
 def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:
     """The way to train `name`, and what the user should know about the choice (mostly nothing)."""
     run = settings.run
     plain = Plain(host, pad, settings.optim.micro_batch)
     if run.engine == "plain":
         return plain, ""
-    packed = Packed(host, pad, run.pack_tokens or budget(host.device))
+    packed = Packed(host, pad, run.pack_tokens or budget(host))
     few = sorted(examples, key=lambda e: len(e.input_ids))[:3]
     why = _refused(host, name, plain, packed, few)
     if why:
