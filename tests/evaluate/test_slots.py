@@ -7,6 +7,7 @@ import torch
 
 import inlay
 from inlay.core.product import has_other
+from inlay.core.site import Site
 from inlay.engine import reorder
 from inlay.engine.reorder import Reordered
 from inlay.evaluate import GenerateSettings, generate, slots
@@ -154,6 +155,24 @@ def test_weights_are_reordered_for_as_many_rows_as_gain_by_it(slow, monkeypatch)
     model = tiny.host("llama").model
     assert bool(Reordered(model, reorder.FEW - 1).bytes) == slow
     assert Reordered(model, reorder.FEW).bytes
+
+
+@pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")
+def test_adapters_write_over_what_reordered_weights_say(monkeypatch):
+    host, ids = tiny.host("llama"), torch.tensor([[5, 6, 7, 8]])
+    made, run, spared = Reordered(host.model), Site.run, []
+
+    def spy(self, worn, x, y=None, spare=False):
+        spared.append(spare)
+        return run(self, worn, x, y, spare)
+
+    monkeypatch.setattr(Site, "run", spy)
+    with torch.no_grad(), host.using("lora"):
+        want = host.model(ids).logits
+        with made.active():
+            got = host.model(ids).logits
+    assert spared and all(spared)
+    assert torch.allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")

@@ -29,10 +29,16 @@ class FrozenLinear(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def forwards(of: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Within the block, these modules compute by these functions; their hooks stay."""
+def forwards(of: Mapping[Any, Callable[..., Any]], fresh: bool = False) -> Iterator[None]:
+    """Within the block, these modules compute by these functions; their hooks stay.
+
+    Args:
+        fresh: whether each call makes a tensor that nobody else holds, so that adapters may write over it.
+    """
     before = {module: vars(module).get("forward") for module in of}
     for module, function in of.items():
+        if fresh:
+            function.fresh = True  # type: ignore[attr-defined]
         module.forward = function
     try:
         yield
@@ -47,7 +53,7 @@ def forwards(of: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 def fast_linears(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block, the model's frozen float32 linears compute by `FrozenLinear`, where that is worth it."""
     chosen = [m for m in model.modules() if slow_default() and frozen(m) and m.weight.dtype == torch.float32]
-    return forwards({m: functools.partial(plain, m) for m in chosen})
+    return forwards({m: functools.partial(plain, m) for m in chosen}, fresh=True)
 
 
 def frozen(m: Any) -> bool:

@@ -53,7 +53,7 @@ class Reordered:
             if m not in self._kept or self._kept[m][0] != now:
                 W: Any = m.weight if isinstance(m, nn.Linear) else m.weight.t().contiguous()  # type: ignore[operator, union-attr]
                 self._kept[m] = now, torch.ops.mkldnn._reorder_linear_weight(W.detach())
-        with forwards({m: functools.partial(_forward, m, self._kept[m][1]) for m in self._linears}):
+        with forwards({m: functools.partial(_forward, m, self._kept[m][1]) for m in self._linears}, fresh=True):
             yield
 
 
