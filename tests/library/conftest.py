@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
+import inlay
+from tests.evaluate import tiny
 from tests.library import folders
 
 
@@ -13,3 +17,15 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
     folders.write(folder)
     return folder
+
+
+@pytest.fixture
+def folder(root, tmp_path):
+    """A copy of `root/adapters` that may be changed."""
+    return shutil.copytree(root / "adapters", tmp_path / "adapters")
+
+
+@pytest.fixture
+def host():
+    """A bare one."""
+    return inlay.attach(tiny.base("llama"))

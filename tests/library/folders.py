@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import inlay
+from inlay.evaluate import GenerateSettings, generate
+from inlay.library.errors import BankError
 from tests.evaluate import tiny
 
+SHORT = GenerateSettings(max_new_tokens=8)
 SMALL = {"lora": {"rank": 4}, "series": {"size": 8}, "prefix": {"tokens": 3}, "prompt": {"tokens": 2}}
 
 
@@ -34,3 +38,25 @@ def host(root: Path, folder: str = "adapters") -> Any:
     for name in SMALL:
         inlay.load(made, root / folder / name)
     return made
+
+
+def says(host, lease):
+    """What a host says under a lease."""
+    return generate(host, tiny.tokenizer(), ["Tom has"], [lease.worn], SHORT)[0].text
+
+
+def want(root, name, folder="adapters"):
+    """What an adapter of a folder says."""
+    return generate(host(root, folder), tiny.tokenizer(), ["Tom has"], name, SHORT)[0].text
+
+
+def worn(host):
+    """The adapters that have a version on a host."""
+    return {name.partition("--")[0] for name in host.edits}
+
+
+def kind(call):
+    """Of the refusal that a call ends in."""
+    with pytest.raises(BankError) as e:
+        call()
+    return e.value.kind
