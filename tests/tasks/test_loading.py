@@ -160,7 +160,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         load("gsm8k", source=tmp_path)
     with pytest.raises(InlayError, match="AddSub has no split 'train'; there is: test"):
         load("addsub", "train")
-    with pytest.raises(InlayError, match=r"AddSub \(test\) has no public source .* pass source="):
+    with pytest.raises(InlayError, match=r"AddSub \(test\) has no public source .* source="):
         load("addsub")
     with pytest.raises(InlayError, match="limit 0"):
         load("addsub", limit=0)
@@ -201,7 +201,7 @@ def test_the_real_datasets_library_reads_a_local_source(tmp_path: Path) -> None:
     task = dataclasses.replace(get("piqa"), hub=hub, sizes={"test": 2}, checksums={})
     assert [r.answer for r in load(task)] == ["solution1", "solution2"]
     broken = dataclasses.replace(task, hub=Hub(str(tmp_path), {"test": ((None, "nosuch"),)}))
-    with pytest.raises(InlayError, match="cannot load .*nosuch.*Or pass source="):
+    with pytest.raises(InlayError, match="cannot load .*nosuch.*Or give .*source="):
         load(broken)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
@@ -21,9 +22,10 @@ BUDGET = {"cpu": 768}
 BUDGET_ELSEWHERE = 8192
 
 
-def budget(host: Host) -> int:
-    """Tokens that a forward of this host should hold: on a CPU twice as many in 16 bits, which take the same memory."""
-    return BUDGET[host.device.type] * 4 // host.dtype.itemsize if host.device.type in BUDGET else BUDGET_ELSEWHERE
+def budget(of: Host | PreTrainedModel) -> int:
+    """Tokens that a forward of a host or model should hold: on a CPU twice as many in 16 bits, which take the same
+    memory."""
+    return BUDGET[of.device.type] * 4 // of.dtype.itemsize if of.device.type in BUDGET else BUDGET_ELSEWHERE
 
 
 def rounding(dtype: torch.dtype) -> float:

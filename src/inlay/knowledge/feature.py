@@ -195,7 +195,7 @@ def _states(model: Any, prompts: list[list[int]], answers: list[list[int]], spac
     found: list[Tensor | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))
     while order:
-        many = max(1, budget(device) // len(rows[order[0]]))
+        many = max(1, budget(model) // len(rows[order[0]]))
         batch, order = order[:many], order[many:]
         states = _layer(model, *padded([rows[n] for n in batch], 0, device, "right"), space.layer)
         for own, n in zip(states, batch, strict=True):
