@@ -11,6 +11,7 @@ from benchmarks.bases import llama
 from benchmarks.harness import Took, clock
 from benchmarks.lengths import Row, rows
 from benchmarks.train import batches
+from inlay.engine.pack import budget
 from inlay.train.ways import Packed, Plain, Way
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,7 +27,6 @@ class Steps:
 
     def __init__(self, size: str, dtype: str, kind: str):
         import inlay
-        from inlay.engine.pack import budget
 
         self.host = inlay.attach(llama(size, dtype))
         for name, (method, settings) in METHODS.items():

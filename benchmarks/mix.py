@@ -27,13 +27,17 @@ SMALL: dict[str, dict[str, int]] = {
 }
 
 
+def prompts(model: Any, rows: int) -> Tensor:
+    """Ids (B, T) that every side is given."""
+    return torch.randint(3, model.config.vocab_size, (rows, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+
 class Decoder:
     """A model at a context of 128 tokens, and steps from there: none of them is kept."""
 
     def __init__(self, model: Any, rows: int, forward: Callable[..., Any] | None = None):
         self.model, self.forward = model, forward or model
-        vocabulary = model.config.vocab_size
-        self.prompt = torch.randint(3, vocabulary, (rows, CONTEXT), generator=torch.Generator().manual_seed(1))
+        self.prompt = prompts(model, rows)
         self.token = self.prompt[:, :1]
         self.cache: DynamicCache | None = None
 
@@ -105,8 +109,7 @@ class Slotted:
     """The same in the slots that `inlay.evaluate.generate` decodes in; without a name, a row wears nothing."""
 
     def __init__(self, host: Host, plan: Sequence[str | None]):
-        vocabulary = host.model.config.vocab_size
-        prompt = torch.randint(3, vocabulary, (len(plan), CONTEXT), generator=torch.Generator().manual_seed(1))
+        prompt = prompts(host.model, len(plan))
         self.host, self.plan, self.token = host, plan, prompt[:, 0]
         self.cache = slots.Slots(host, len(plan), 2 * CONTEXT)
         with self._decoding():

@@ -57,10 +57,15 @@ class Reordered:
             yield
 
 
+@functools.cache
+def _knows_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _gains(dtype: torch.dtype, rows: int) -> bool:
     if dtype == torch.float32:
         return rows >= FEW or slow_default()
-    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.bfloat16 and _knows_bfloat16()
 
 
 def _reorderable(m: Any, rows: int) -> bool:
