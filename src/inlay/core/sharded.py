@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,29 @@ def is_sharded(value: object) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
+
+
+def local(value: Tensor) -> Tensor:
+    """What this process holds of a tensor: a part of a sharded one, all of another."""
+    return value.detach().to_local() if is_sharded(value) else value  # type: ignore[attr-defined, no-any-return]
+
+
+def is_spread(module: Any, kind: type) -> bool:
+    """Whether a module is of exactly this kind but for FSDP2, which made a class of its own for it, gathers its tensors
+    when it is called, and hands on what it says as it is."""
+    if type(module).__bases__[1:] != (kind,):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        return False
+    return module._get_fsdp_state()._mp_policy.output_dtype in (None, torch.float32)
+
+
+def hooks(module: Any) -> list[Any]:
+    """A module's forward hooks, FSDP2's own left out."""
+    every = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [h for h in every if not str(getattr(h, "__module__", "")).startswith("torch.distributed.fsdp.")]
 
 
 def whole(value: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from inlay.core.fingerprint import readable
 from inlay.core.host import Host
 from inlay.core.route import Route
+from inlay.core.sharded import hooks, is_spread, local
+from inlay.engine.linear import forwards
 from inlay.engine.loss import at_a_time, linear_cross_entropies, linear_cross_entropy
 from inlay.engine.pack import Pack, twice_biased
 
@@ -62,7 +64,7 @@ def loss_sum(host: Host, pack: Pack) -> Tensor:
     h = hidden(host, pack)
     head = host.model.get_output_embeddings()
     if _frozen(head):
-        return linear_cross_entropy(h, head.weight, getattr(head, "bias", None), pack.target_N)
+        return _beside(head, linear_cross_entropy, h, pack.target_N)
     # A head with an adapter, or one that is quantised: called, and called again in backward.
     total = h.new_zeros((), dtype=torch.float32)
     for part in _parts(host, pack, h):
@@ -80,13 +82,26 @@ def losses(host: Host, pack: Pack, read: Read | None = None, through: bool = Fal
     head = host.model.get_output_embeddings()
     parts = list(_parts(host, pack, h))  # at once: the head's calls move the route
     if _frozen(head):
-        each_N = linear_cross_entropies(h, head.weight, getattr(head, "bias", None), pack.target_N)
+        each_N = _beside(head, linear_cross_entropies, h, pack.target_N)
     else:
         each_N = _joined([_again(_slice, host, *part, "none") for part in parts], h)
     if read is None:
         return each_N, None
     with contextlib.nullcontext() if through else torch.no_grad():
         return each_N, _joined([_again(_read, host, *part, read) for part in parts], h)
+
+
+def _beside(head: Any, entropy: Callable[..., Tensor], h_ND: Tensor, target_N: Tensor) -> Tensor:
+    """Cross entropy by a frozen head's weight. A spread head is entered for it: its weight is gathered then, and FSDP2,
+    which counts who of those gathered together has been called, finds everything done."""
+
+    def entered(h_ND: Tensor) -> Tensor:
+        return entropy(h_ND, head.weight, head.bias, target_N)
+
+    if type(head) is torch.nn.Linear:
+        return entered(h_ND)
+    with forwards({head: entered}):
+        return head(h_ND)  # type: ignore[no-any-return]
 
 
 def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -123,6 +138,11 @@ def _logits(host: Host, now: Route, h_ND: Tensor) -> Tensor:
 
 def _frozen(head: Any) -> bool:
     """Whether a head is its weight and nothing else; any hook, an adapter's for one, may change what it says."""
-    hooked = head._forward_hooks or head._forward_pre_hooks
+    if type(head) is torch.nn.Linear:
+        weight = head.weight
+    elif is_spread(head, torch.nn.Linear):
+        weight = local(head.weight)
+    else:
+        return False
     trained = any(p.requires_grad for p in head.parameters())
-    return type(head) is torch.nn.Linear and readable(head.weight) and not hooked and not trained
+    return readable(weight) and not hooks(head) and not trained
