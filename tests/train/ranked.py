@@ -61,7 +61,7 @@ def train(
     own: dict[str, Any],
     changes: dict[str, Any],
     n: int = 11,
-    resume: bool = False,
+    resume: bool | Path = False,
     rig: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
     """One run on the ranks that are there: what all of them must agree on, and `kept`, the base's numbers held here.
@@ -100,6 +100,7 @@ def train(
         "best_step": r.best_step,
         "steps": r.steps,
         "tokens": r.tokens,
+        **({"scales": host.model.scales} if hasattr(host.model, "scales") else {}),
     }
 
 
@@ -184,3 +185,37 @@ def counts_below(host: Any) -> None:
             model.below += out.shape[:-1].numel()
 
     model.model.layers[0].mlp.register_forward_hook(count)
+
+
+def overflows(at: int, on: int) -> Callable[[Any], None]:
+    """A rig under which the gradient of one rank is infinite in step `at`; `train` returns the steps' loss scales."""
+    return functools.partial(_overflow, at, on)
+
+
+def _overflow(at: int, on: int, host: Any) -> None:
+    import math
+
+    from inlay.train import ways
+    from inlay.train.loop import Loop
+
+    advance, loss_sum, now = Loop.advance, ways.head.loss_sum, [0]
+    host.model.scales = []
+
+    def step(self: Any) -> Any:
+        now[0] = self.step + 1
+        made = advance(self)
+        host.model.scales.append(self.scaler.get_scale())
+        return made
+
+    def grief(*args: Any) -> Any:
+        made = loss_sum(*args)
+        if made.requires_grad and now[0] == at and int(os.environ.get("RANK", on)) == on:
+            made.register_hook(lambda grad: grad * math.inf)
+        return made
+
+    Loop.advance, ways.head.loss_sum = step, grief
+
+
+def resumed(run: Path, checkpoint: Path, own: dict[str, Any], changes: dict[str, Any], rig: Any) -> dict[str, Any]:
+    """A LoRA run that goes on from a checkpoint of its own."""
+    return train(run, "lora", own, changes, 11, checkpoint, rig)

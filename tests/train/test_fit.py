@@ -290,10 +290,18 @@ def test_settings_must_fit_the_host(tmp_path, changes, match):
             fit(wearing(), "b", rows(4), [], s, tmp_path, None)
 
 
-def test_fp16_needs_a_gpu(tmp_path):
-    host = inlay.attach(base().half()).add("a", inlay.method("lora").make(rank=2))
-    with pytest.raises(InlayError, match="GPU only"):
-        fit(host, "a", rows(4), [], settings(tmp_path), tmp_path, None)
+def test_fp16_base_learns_as_one_in_fp32_does_until_a_step_overflows(tmp_path):
+    for bits in (16, 32):
+        host = inlay.attach(base().half() if bits == 16 else base())
+        host.add("a", inlay.method("lora").make(rank=2), seed=1)
+        fit(host, "a", rows(24), [], settings(tmp_path / str(bits), steps=20, lr=1e-2), tmp_path / str(bits), None)
+        assert all(p.dtype == torch.float32 for p in host.parameters("a"))
+    half, full = lines(tmp_path / "16"), lines(tmp_path / "32")
+    same_so_far = next(i + 1 for i, m in enumerate(half) if "overflow" in m)
+    assert same_so_far >= 5
+    for a, b in zip(half[:same_so_far], full, strict=False):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert half[-1]["loss"] < half[0]["loss"] - 0.05
 
 
 def test_bf16_base(tmp_path):

@@ -12,10 +12,23 @@ import torch
 import inlay
 from inlay.train import checkpoint
 from inlay.train.ranks import ALONE, shares
-from tests.train.ranked import breaks, counts_below, launch, metrics, no_dropout, stops_after, train, train_differently
+from tests.train.ranked import (
+    breaks,
+    counts_below,
+    launch,
+    metrics,
+    no_dropout,
+    overflows,
+    resumed,
+    stops_after,
+    train,
+    train_differently,
+)
 from tests.train.tiny import base, copy, rows, same
 
 NEAR = {"rel": 1e-5}
+NEAR_16 = {"rel": 2e-3}
+"""float16 rounds each pack by its shape."""
 
 
 def alike(one, other):
@@ -145,9 +158,25 @@ def test_ranks_with_other_data_are_refused(tmp_path):
     assert all("not the same in all processes" in text for text in said), said
 
 
-def test_what_cannot_be_sharded_says_so(tmp_path):
-    for text in launch(2, train, tmp_path, "lora", {}, {"parallel": "fsdp", "dtype": "fp16"}):
-        assert "use dtype bf16 or fp32 with parallel: fsdp" in text
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_overflow_in_one_rank_leaves_out_the_step_of_all(tmp_path, parallel):
+    """Losses, gradient norms and the loss scale in fp16, also after a resumption on one rank."""
+    own = {"at": "q,up"}
+    changes = {"steps": 6, "parallel": parallel, "dtype": "fp16", "save_every": 3, "eval_every": 4}
+    (want,) = launch(1, train, tmp_path / "one", "lora", own, changes, 11, False, overflows(2, 0))
+    said = launch(2, train, tmp_path / "two", "lora", own, changes, 11, False, overflows(2, 1))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [m["step"] for m in one if "overflow" in m] == [2] == [m["step"] for m in two if "overflow" in m]
+    for got in said:
+        assert got["scales"] == want["scales"] == [65536.0] + 5 * [32768.0]
+        assert got["loss"] == pytest.approx(want["loss"], **NEAR_16)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for k in a.keys() & {"loss", "val_loss", "grad_norm", "lr"}:
+            assert b[k] == pytest.approx(a[k], **NEAR_16), (k, a["step"])
+    path = tmp_path / "two" / "checkpoint-3"
+    (again,) = launch(1, resumed, tmp_path / "two", path, own, changes, overflows(2, 0))
+    assert again["scales"] == 3 * [32768.0] and again["loss"] == pytest.approx(want["loss"], **NEAR_16)
 
 
 @pytest.mark.slow

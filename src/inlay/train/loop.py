@@ -146,10 +146,8 @@ class Loop:
         self.trained = named
         self.optimizer = adamw(named, o)
         self.schedule = schedule(self.optimizer, o, self.total)
-        half = host.dtype == torch.float16
-        if half and host.device.type != "cuda":
-            raise InlayError("fp16 trains on a GPU only (its gradients need scaling); use dtype fp32 or bf16 here")
-        self.scaler = torch.amp.GradScaler(host.device.type, enabled=half)
+        # All ranks find the same overflows: replicas look at sums, and of parts PyTorch asks every rank.
+        self.scaler = torch.amp.GradScaler(host.device.type, enabled=host.dtype == torch.float16)
         chosen: tuple[Way, str] = (root or _plainly)(lambda: choose(host, name, settings, pad, train))
         way, self.notice = chosen
         """How batches are computed, and what is to be said of it."""
@@ -202,12 +200,14 @@ class Loop:
                 self.scaler.scale(part).backward()
                 loss += float(part.detach())
             if extra is not None:  # every rank has all of it
-                self.scaler.scale(extra if self.sharded else extra / self.team.size).backward()
+                self.scaler.scale(extra / self.team.size).backward()
             return loss
 
         loss = self._each(backward)
         loss, *ranks = self.team.sums([loss, *(p.grad is not None for p in self.trained.values())])
-        if not self.sharded:
+        if self.sharded:
+            self.team.sum_of_mean(self.trained)
+        else:
             self.team.add_gradients(self.trained, [n > 0 for n in ranks])
         metrics: dict[str, Any] = {"loss": loss} | ({} if extra is None else {"penalty": float(extra.detach())})
         _finite(f"at step {number}, which was not taken", **metrics)

@@ -194,6 +194,14 @@ class Team:
         for p, total in zip(own, bucket.split([p.numel() for p in own]), strict=True):
             p.grad = total.view_as(p).to(p.dtype)
 
+    @torch.no_grad()
+    def sum_of_mean(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Turn gradients that were averaged over the ranks into sums. Here and not in the loss: its backward in fp16
+        would overflow the earlier the more ranks there are."""
+        for p in trained.values():
+            if p.grad is not None:
+                p.grad.mul_(self.size)
+
 
 ALONE = Team()
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.example import Example
 from inlay.engine.head import Read
@@ -34,15 +33,10 @@ class Root(nn.Module):
 
 
 def shard(host: Host, team: Team, device: torch.device) -> Root:
-    """Spread a host's model over the ranks; it is computed with through the root from then on, and only so.
-
-    Raises InlayError for fp16.
-    """
+    """Spread a host's model over the ranks; it is computed with through the root from then on, and only so."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if host.dtype == torch.float16:
-        raise InlayError("fp16 scales its loss by what each rank sees; use dtype bf16 or fp32 with parallel: fsdp")
     mesh = init_device_mesh(device.type, (team.size,))
     blocks = {s.layer: s.path for s in host.anatomy.spots if s.role == "block"}
     for layer in sorted(k for k in blocks if k is not None):
@@ -70,20 +64,17 @@ class Sharded(Shared):
         return mine + [[]] * (max(map(len, groups)) - len(mine))
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
-        """As the way's own; gradients are averaged over the ranks by FSDP, and therefore multiplied here."""
+        """As the way's own; its gradients are averaged over the ranks."""
         loss = self.root(lambda: self.way.loss(rows or [self.filler]) * (1.0 if rows else 0.0))
-        self._averaged(loss)
+        self._done(loss)
         return loss
 
     def tokens(self, rows: Sequence[Example], read: Read | None, through: bool) -> tuple[Tensor, Tensor | None]:
         """As the way's own; a forward for the others' sake gives one token of no loss."""
         loss, said = self.root(lambda: self.way.tokens(rows or [self.filler], read, through))
-        self._averaged(loss, said)
+        self._done(loss, said)
         return (loss, said) if rows else (loss.sum()[None] * 0.0, said)
 
-    def _averaged(self, *made: Tensor | None) -> None:
-        found = [t for t in made if t is not None and t.requires_grad]
-        for t in found:
-            t.register_hook(lambda grad: grad * self.team.size)
-        if not found:
+    def _done(self, *made: Tensor | None) -> None:
+        if not any(t is not None and t.requires_grad for t in made):
             self.root.reshard()  # a backward would have done it
