@@ -103,6 +103,31 @@ def test_from_a_named_checkpoint(tmp_path):
     assert same(copy(host), copy(elsewhere))
 
 
+def test_a_run_taken_back_forgets_what_came_later(tmp_path):
+    """Later checkpoints are not counted among the last ones, and a stopped run does not go on from them."""
+
+    class Stop:
+        def begin(self, loop, run_dir):
+            pass
+
+        def before_step(self, loop):
+            if loop.step == 5:
+                raise KeyboardInterrupt
+
+        def after_step(self, loop):
+            return {}
+
+    s, data = settings(tmp_path, keep_last=9), rows(13)
+    whole = fit(host := wearing(), "a", data, [], s, tmp_path, None)
+    with pytest.raises(KeyboardInterrupt):
+        back = tmp_path / "checkpoint-2"
+        fit(wearing(), "a", data, [], s, tmp_path, None, resume=back, observers=[Stop()])
+    assert checkpoint.steps(tmp_path) == [2, 4]
+    done = fit(again := wearing(), "a", data, [], s, tmp_path, None, resume=True)
+    assert same(copy(host), copy(again)) and done.loss == whole.loss
+    assert [line["step"] for line in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_nothing_to_go_on_from(tmp_path):
     """resume=True suits a restarted job: it begins where there is nothing yet, and a finished run stays."""
     host, data, s = wearing(), rows(8), settings(tmp_path)
@@ -120,6 +145,10 @@ def test_other_things_are_refused(tmp_path):
     fit(wearing(), "a", data, [], s, tmp_path, None)
     with pytest.raises(InlayError, match="trained on other data"):
         fit(wearing(), "a", rows(8, seed=1), [], s, tmp_path, None, resume=True)
+    with pytest.raises(InlayError, match="validated on other data"):
+        fit(wearing(), "a", data, rows(8), s, tmp_path, None, resume=True)
+    with pytest.raises(InlayError, match="trained on another base: the weights at"):
+        fit(wearing(seed=1), "a", data, [], s, tmp_path, None, resume=True)
     with pytest.raises(InlayError, match="of another adapter: settings.alpha: 64.0 before, 8.0 now"):
         fit(wearing(alpha=8.0), "a", data, [], s, tmp_path, None, resume=True)
     with pytest.raises(InlayError, match="of another adapter: at:"):

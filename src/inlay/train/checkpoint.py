@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,14 +170,20 @@ def clean(run_dir: Path) -> None:
 def prune(run_dir: Path, keep_last: int, best: int | None) -> None:
     """Delete all but the last `keep_last` checkpoints and the best one."""
     keep = {*steps(run_dir)[-keep_last:], best}
-    for step in steps(run_dir):
-        if step not in keep:
-            path = run_dir / f"checkpoint-{step}"
-            gone = (
-                run_dir / f".checkpoint-{step}.gone.partial"
-            )  # renamed first: a kill must not leave half a checkpoint
-            path.rename(gone)
-            shutil.rmtree(gone)
+    _delete(run_dir, [step for step in steps(run_dir) if step not in keep])
+
+
+def forget(run_dir: Path, step: int) -> None:
+    """Delete checkpoints of later steps, which a run that was taken back to this one will take again. They would be
+    counted among the last ones, and a run that is stopped would go on from them."""
+    _delete(run_dir, [later for later in steps(run_dir) if later > step])
+
+
+def _delete(run_dir: Path, unwanted: Sequence[int]) -> None:
+    for step in unwanted:  # renamed first: a kill must not leave half a checkpoint
+        gone = run_dir / f".checkpoint-{step}.gone.partial"
+        (run_dir / f"checkpoint-{step}").rename(gone)
+        shutil.rmtree(gone)
 
 
 def read(path: Path) -> Checkpoint:

@@ -87,7 +87,8 @@ def fit(
         "validation": record.counts(val_examples, val) if val else None,
         **(facts or {}),
     }
-    data = about["train"]["sha256_of_tokens"] + (objective.digest if objective else "")
+    digests = [part["sha256_of_tokens"] for part in (about["train"], about["validation"]) if part]
+    data = "+".join(digests) + (objective.digest if objective else "")
     with joined() as team, contextlib.ExitStack() as stack:
         team.from_first(lambda: stack.enter_context(record.locked(run_dir)))
         found = team.from_first(lambda: record.start(run_dir, settings, resume, overwrite))
@@ -96,6 +97,8 @@ def fit(
         loop = Loop(host, name, train, val, settings, pad, team, objective)
         if found is not None:
             loop.restore(found, data)
+            if team.first:
+                checkpoint.forget(run_dir, loop.step)
         if team.first:
             record.write_json(run_dir / "data.json", about)
         journal = Journal(run_dir, loop.step, settings.run.progress) if team.first else Mute()

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only
 
 from inlay.core.errors import InlayError
+from inlay.core.fingerprint import differences as unlike
 from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
 from inlay.core.sharded import after_step, parted, penalty, whole
@@ -335,6 +336,7 @@ class Loop:
             "data": data,
             "settings": identity(self.settings),
             "adapter": self.adapter(),
+            "base": self.base,
         }
         if self.team.first:
             best = self.best[1] if self.best else None
@@ -346,9 +348,13 @@ class Loop:
         return json.loads(json.dumps(about))
 
     def restore(self, found: checkpoint.Checkpoint, data: str) -> None:
-        """Become what was saved. Raises InlayError for other data or another adapter."""
+        """Become what was saved. Raises InlayError for other data, another base or another adapter."""
         if found.about["data"] != data:
-            raise InlayError(f"{found.path} was trained on other data (or the same data, tokenised differently)")
+            raise InlayError(
+                f"{found.path} was trained on other data, or validated on other data (or the same, tokenised otherwise)"
+            )
+        if changed := unlike(found.about.get("base", {}), self.base):
+            raise InlayError(f"{found.path} was trained on another base: {'; '.join(changed)}")
         if changed := differences(found.about["adapter"], self.adapter()):
             raise InlayError(f"{found.path} is of another adapter: {'; '.join(changed)}")
         if found.state["names"] != list(self.trained):
