@@ -7,7 +7,7 @@ import torch
 
 import inlay
 from inlay.core.errors import InlayError
-from inlay.engine.cache import Cache, lowest
+from inlay.engine.cache import Cache, file, files, lowest
 from inlay.train import fit
 from inlay.train.ways import Packed
 from tests.engine.test_packed import ROWS, gradients
@@ -28,7 +28,7 @@ def test_the_second_time_is_the_first(family, where, tmp_path):
     excite(host)
     way = Packed(host, 0, 14)
     want = gradients(host, "a", way, ROWS)
-    way.cache = Cache(host, "a", ROWS, "ram" if where == "ram" else tmp_path)
+    way.cache = Cache(host, "a", ROWS, "ram" if where == "ram" else file(tmp_path))
     first = gradients(host, "a", way, ROWS)
     ran = []
     blocks = {s.layer: host.model.get_submodule(s.path) for s in host.anatomy.spots if s.role == "block"}
@@ -81,5 +81,53 @@ def test_refused(tmp_path):
 def test_no_room_is_said_before_training(monkeypatch, tmp_path):
     host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("Usage", (), {"free": 10})())
-    with pytest.raises(InlayError, match="need .* bytes, 10 are free"):
-        Cache(host, "a", ROWS, tmp_path)
+    with pytest.raises(InlayError, match="need .* bytes, 10 are free at"):
+        Cache(host, "a", ROWS, file(tmp_path))
+
+
+def test_a_file_is_read_by_whom_it_belongs_to_and_by_nobody_else(tmp_path):
+    host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
+    way = Packed(host, 0, 14)
+
+    def cached(about="mine", rank=0, size=1):
+        way.cache = Cache(host, "a", ROWS, file(tmp_path, rank, size), about)
+        return way.cache
+
+    assert not cached().has(ROWS[:1])
+    gradients(host, "a", way, ROWS)
+    assert cached().has(ROWS), "another process of the same run"
+    assert not cached("of another base").has(ROWS[:1]) and not cached().has(ROWS[:1])
+    gradients(host, "a", way, ROWS)
+    assert not cached(rank=0, size=2).has(ROWS[:1])
+    assert {p.name.partition(".bin")[0] for p in files(tmp_path)} == {"activations-0-of-2"}
+    gradients(host, "a", way, ROWS)
+    for p in files(tmp_path):  # as if put there by hand: it says whose it is
+        p.rename(p.with_name(p.name.replace("0-of", "1-of")))
+    assert not cached(rank=1, size=2).has(ROWS[:1])
+
+
+def test_what_never_reached_the_disk_is_computed_again(tmp_path):
+    """A machine that goes down may have written an example's checksum and not its numbers."""
+    host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
+    excite(host)
+    way = Packed(host, 0, 14)
+    want = gradients(host, "a", way, ROWS)
+    for lost in range(2):
+        way.cache = Cache(host, "a", ROWS, file(tmp_path))
+        if lost:
+            way.cache.data[way.cache.at[id(ROWS[1])][1]] = 0.0
+        assert [way.cache.has([r]) for r in ROWS] == [bool(lost) and r is not ROWS[1] for r in ROWS]
+        got = gradients(host, "a", way, ROWS)
+        assert got[0] == want[0] and all(torch.equal(g, got[1][k]) for k, g in want[1].items())
+
+
+def test_a_block_that_says_a_tuple_says_one_after_a_resumption(tmp_path):
+    host = inlay.attach(base("falcon")).add("a", small("lora"), at="o@1", seed=0)
+    host.model.config.hidden_dropout = host.model.config.attention_dropout = 0.0
+    excite(host)
+    way = Packed(host, 0, 14)
+    found = []
+    for _ in range(2):
+        way.cache = Cache(host, "a", ROWS, file(tmp_path))
+        found.append(gradients(host, "a", way, ROWS)[0])
+    assert way.cache.has(ROWS) and found[0] == found[1]

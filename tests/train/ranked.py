@@ -219,3 +219,12 @@ def _overflow(at: int, on: int, host: Any) -> None:
 def resumed(run: Path, checkpoint: Path, own: dict[str, Any], changes: dict[str, Any], rig: Any) -> dict[str, Any]:
     """A LoRA run that goes on from a checkpoint of its own."""
     return train(run, "lora", own, changes, 11, checkpoint, rig)
+
+
+def no_room(host: Any) -> None:
+    """A rig under which the disk of rank 1 is full."""
+    import shutil
+    from types import SimpleNamespace
+
+    if os.environ["RANK"] == "1":
+        shutil.disk_usage = lambda path: SimpleNamespace(free=10)  # type: ignore[assignment, return-value]

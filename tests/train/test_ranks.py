@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from tests.train.ranked import (
     launch,
     metrics,
     no_dropout,
+    no_room,
     overflows,
     resumed,
     stops_after,
@@ -48,10 +50,12 @@ def adapters_alike(one, other, kind="llama"):
         torch.testing.assert_close(copy(b)[k], v, rtol=1e-3, atol=2e-5)
 
 
+# Packs of 16 tokens: in most steps one rank has more of them than the other.
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_cached_activations_are_computed_once_by_one_of_two_ranks(tmp_path, parallel):
-    own, changes = {"at": "q,up@last1"}, {"steps": 9, "eval_every": 0, "parallel": parallel}
-    cached = {**changes, "cache_activations": "ram"}
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_cached_activations_are_computed_once_by_one_of_two_ranks(tmp_path, parallel, where):
+    own, changes = {"at": "q,up@last1"}, {"steps": 9, "eval_every": 0, "parallel": parallel, "pack_tokens": 16}
+    cached = {**changes, "cache_activations": where}
     want = train(tmp_path / "one", "lora", own, changes, rig=counts_below)
     once = sum(len(e.input_ids) for e in rows(11, prompt=True))
     assert want["below"] > 2 * once
@@ -59,9 +63,52 @@ def test_cached_activations_are_computed_once_by_one_of_two_ranks(tmp_path, para
     assert [got["loss"] for got in two] == pytest.approx(2 * [want["loss"]], **NEAR)
     below = sum(got["below"] for got in two)
     idle = min(len(e.input_ids) for e in rows(11))  # computed where a rank has nothing to do and parts are gathered
-    assert below == once if parallel == "ddp" else once <= below <= once + 9 * idle
+    assert below == once if parallel == "ddp" else once <= below <= once + 2 * 9 * idle
     alike(tmp_path / "one", tmp_path / "two")
     adapters_alike(tmp_path / "one", tmp_path / "two")
+    sizes = [16 * 4 * sum(len(e.input_ids) for e in part) for part in shares(rows(11, prompt=True), 2)]
+    told = f"takes {sizes[0]:,} bytes in process 0 of 2, {max(sizes):,} in the fullest, {sum(sizes):,} in all"
+    assert told in (tmp_path / "two" / "log.txt").read_text()
+    kept = {p.name: p.stat().st_size for p in (tmp_path / "two").glob("activations-*.bin")}
+    assert kept == ({f"activations-{r}-of-2.bin": sizes[r] for r in range(2)} if where == "disk" else {})
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_cached_activations_on_disk_outlive_a_stop(tmp_path, parallel):
+    """The same number of ranks computes nothing below the adapter again; another number begins anew."""
+    own = {"at": "q,up@last1"}
+    changes = {"steps": 9, "save_every": 3, "eval_every": 0, "parallel": parallel, "cache_activations": "disk"}
+    want = train(tmp_path / "one", "lora", own, {**changes, "cache_activations": "off"})
+    run = tmp_path / "run"
+    launch(2, train, run, "lora", own, changes, 11, False, stops_after(6))
+    assert checkpoint.steps(run)[-1] == 6
+    shutil.copytree(run, tmp_path / "alone"), shutil.copytree(run, tmp_path / "strange")
+    once = sum(len(e.input_ids) for e in rows(11, prompt=True))
+    idle = 0 if parallel == "ddp" else 3 * 2 * min(len(e.input_ids) for e in rows(11))
+
+    again = launch(2, train, run, "lora", own, changes, 11, True, counts_below)
+    assert sum(got["below"] for got in again) <= idle
+
+    for p in (tmp_path / "strange").glob("activations-*"):  # each rank finds the other's file in its place
+        p.rename(p.with_name("." + p.name.replace("-0-", "-x-").replace("-1-", "-0-").replace("-x-", "-1-")))
+    for p in (tmp_path / "strange").glob(".activations-*"):
+        p.rename(p.with_name(p.name[1:]))
+    strange = launch(2, train, tmp_path / "strange", "lora", own, changes, 11, True, counts_below)
+    assert once <= sum(got["below"] for got in strange) <= once + idle
+
+    (alone,) = launch(1, train, tmp_path / "alone", "lora", own, changes, 11, True, counts_below)
+    assert alone["below"] == once
+    assert {p.name.partition(".")[0] for p in (tmp_path / "alone").glob("activations*")} == {"activations"}
+    for got, where in [(again[0], run), (strange[0], tmp_path / "strange"), (alone, tmp_path / "alone")]:
+        assert got["loss"] == pytest.approx(want["loss"], **NEAR)
+        alike(tmp_path / "one", where)
+        adapters_alike(tmp_path / "one", where)
+
+
+def test_a_rank_without_room_for_its_activations_stops_all(tmp_path):
+    own, changes = {"at": "q,up@last1"}, {"parallel": "fsdp", "cache_activations": "disk"}
+    said = launch(2, train, tmp_path, "lora", own, changes, 11, False, no_room)
+    assert ASTRAY in said[0] and "bytes (and " in said[1] and "in other processes of this machine), 10 are" in said[1]
 
 
 def test_shares_are_even_and_whole():

@@ -112,7 +112,7 @@ def test_what_a_step_keeps_for_its_backward():
 # ---- the activation cache, as the loop offers it -----------------------------------------------------------------
 def test_the_size_that_is_told_is_the_size_on_disk(tmp_path):
     host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
-    told = Packed(host, 0, 100).remember("a", DATA, tmp_path)
+    told = Packed(host, 0, 100).remember("a", DATA, tmp_path / "activations.bin")
     size = (tmp_path / "activations.bin").stat().st_size
     assert f"takes {size:,} bytes" in told and size == 4 * 32 * sum(len(e.input_ids) for e in DATA)
 

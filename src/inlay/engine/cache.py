@@ -2,12 +2,17 @@
 
 Below the lowest adapted block nothing changes while an adapter is trained: its input is computed once per example and
 read back in later epochs, in which the blocks below are passed over. Exact, as nothing below draws random numbers.
+
+A cache on disk is three files: the numbers, a checksum of each example's, and whose they are. It is used again by a
+process that asks for the same thing, and made anew for any other. Each process of a run has its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import InlayError
+from inlay.core.files import write_text
 from inlay.core.host import Host
 from inlay.core.layout import Layout
 from inlay.engine.example import Example
@@ -23,6 +29,21 @@ from inlay.engine.linear import forwards
 from inlay.engine.memory import available
 
 FILE = "activations.bin"
+
+
+def file(folder: Path, rank: int = 0, size: int = 1) -> Path:
+    """Where a process of `size` keeps its numbers."""
+    return folder / (FILE if size == 1 else f"activations-{rank}-of-{size}.bin")
+
+
+def files(folder: Path) -> list[Path]:
+    """All that caches have left in a folder."""
+    return sorted(p for kind in ("activations.bin*", "activations-*-of-*.bin*") for p in folder.glob(kind))
+
+
+def needed(host: Host, examples: Sequence[Example]) -> int:
+    """Bytes that these take."""
+    return sum(len(e.input_ids) for e in examples) * host.hidden * host.dtype.itemsize
 
 
 def lowest(host: Host, name: str) -> int:
@@ -39,10 +60,20 @@ class Cache:
     Args:
         name: the adapter that is trained.
         examples: all that may be asked for, by identity.
-        where: `ram`, or the folder that holds the file (it is reused by a resumed run, whose bits it keeps).
+        where: `ram`, or the file (it is reused by a resumed run, whose bits it keeps).
+        about: what the numbers depend on besides this adapter's height: base and examples.
+        beside: bytes that other processes will take from the same memory or disk.
     """
 
-    def __init__(self, host: Host, name: str, examples: Sequence[Example], where: Path | Literal["ram"]):
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        examples: Sequence[Example],
+        where: Path | Literal["ram"],
+        about: str = "",
+        beside: int = 0,
+    ):
         self.host, self.below = host, lowest(host, name)
         if why := refused(host, self.below):
             raise InlayError(f"activations cannot be cached: {why}")
@@ -53,33 +84,28 @@ class Cache:
         for i, e in enumerate(examples):
             self.at[id(e)] = i, row, row + len(e.input_ids)
             row += len(e.input_ids)
-        self.bytes = row * host.hidden * host.dtype.itemsize
-        self._claim(where)
-        size = row * host.hidden
+        self.bytes = needed(host, examples)
+        _claim(self.bytes, beside, where)
+        self.file = isinstance(where, Path)
+        self.known: set[int] = set()
+        """Examples whose numbers this process has written, or read and found whole."""
         if isinstance(where, Path):
-            where.mkdir(parents=True, exist_ok=True)
-            data, done = str(where / FILE), str(where / f"{FILE}.done")
-            self.data = torch.from_file(data, shared=True, size=size, dtype=host.dtype)
-            self.done = torch.from_file(done, shared=True, size=len(self.at), dtype=torch.uint8)
+            mine = [about, where.name, self.below, row, host.hidden, str(host.dtype)]
+            self.data, self.sums = _opened(where, json.dumps(mine), row * host.hidden, len(self.at) + 1, host.dtype)
         else:
-            self.data = torch.empty(size, dtype=host.dtype)
-            self.done = torch.zeros(len(self.at), dtype=torch.uint8)
+            self.data = torch.empty(row * host.hidden, dtype=host.dtype)
+            self.sums = torch.zeros(len(self.at) + 1, dtype=torch.int64)
         self.data = self.data.view(row, host.hidden)
-        self._tuple = False
-
-    def _claim(self, where: Path | Literal["ram"]) -> None:
-        if isinstance(where, Path):
-            folder = next(p for p in (where, *where.parents) if p.exists())
-            free, what = shutil.disk_usage(folder).free, f"free at {where}"
-        else:
-            told = available()
-            free, what = (self.bytes if told is None else told), "of memory available"
-        if self.bytes > free:
-            raise InlayError(f"cached activations need {self.bytes:,} bytes, {free:,} are {what}; leave the cache off")
 
     def has(self, rows: Sequence[Example]) -> bool:
         """Whether all of these are there."""
-        return all(id(r) in self.at and bool(self.done[self.at[id(r)][0]]) for r in rows)
+        return all(id(r) in self.at and self._whole(*self.at[id(r)]) for r in rows)
+
+    def _whole(self, i: int, begin: int, end: int) -> bool:
+        """Whether an example's numbers are there: what was on its way to disk when a machine went down may not be."""
+        if i not in self.known and self.sums[i] and int(self.sums[i]) == _sum(self.data[begin:end]):
+            self.known.add(i)
+        return i in self.known
 
     @contextlib.contextmanager
     def serving(self, rows: Sequence[Example], layout: Layout) -> Iterator[None]:
@@ -98,13 +124,15 @@ class Cache:
 
     @torch.no_grad()
     def _keep(self, rows: Sequence[Example], layout: Layout, out: Any) -> None:
-        self._tuple = isinstance(out, tuple)
-        flat = (out[0] if self._tuple else out).detach().reshape(-1, self.host.hidden)
+        several = isinstance(out, tuple)
+        self.sums[-1] = 1 + several
+        flat = (out[0] if several else out).detach().reshape(-1, self.host.hidden)
         for n, r in enumerate(rows):
             i, begin, end = self.at[id(r)]
             at = layout.index(n)
             self.data[begin:end] = flat[at : at + end - begin].to("cpu")
-            self.done[i] = 1
+            self.sums[i] = _sum(self.data[begin:end]) if self.file else 1
+            self.known.add(i)
 
     def _laid_out(self, rows: Sequence[Example], layout: Layout) -> Tensor:
         flat = torch.zeros(layout.shape[0] * layout.shape[1], self.host.hidden, dtype=self.host.dtype)
@@ -115,12 +143,52 @@ class Cache:
         return flat.view(*layout.shape, -1).to(self.host.device)
 
     def _skipping(self, hidden: Tensor) -> contextlib.AbstractContextManager[None]:
-        said = (hidden,) if self._tuple else hidden
+        said = (hidden,) if self.sums[-1] == 2 else hidden
 
         def passed_over(*args: Any, **kwargs: Any) -> Any:
             return said
 
         return forwards(dict.fromkeys(self.blocks, passed_over))
+
+
+def _claim(own: int, beside: int, where: Path | Literal["ram"]) -> None:
+    if isinstance(where, Path):
+        folder = next(p for p in (where.parent, *where.parent.parents) if p.exists())
+        held = where.stat().st_blocks * 512 if where.exists() else 0
+        free, what = shutil.disk_usage(folder).free + held, f"free at {where.parent}"
+    else:
+        told = available()
+        free, what = (own + beside if told is None else told), "of memory available"
+    if own + beside > free:
+        shared = f" (and {beside:,} in other processes of this machine)" if beside else ""
+        raise InlayError(f"cached activations need {own:,} bytes{shared}, {free:,} are {what}; leave the cache off")
+
+
+def _opened(path: Path, mine: str, size: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(numbers, checksums) as files; empty ones unless those that are there are mine. What was left by a run of another
+    number of processes is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sums, about = (path.with_name(f"{path.name}.{kind}") for kind in ("sums", "about"))
+    for old in files(path.parent):
+        if _count(old) != _count(path):
+            old.unlink(missing_ok=True)
+    if not about.exists() or about.read_text(encoding="utf-8") != mine:
+        for old in (about, sums, path):
+            old.unlink(missing_ok=True)
+    made = torch.from_file(str(path), shared=True, size=max(1, size), dtype=dtype)[:size]  # no file is empty
+    checks = torch.from_file(str(sums), shared=True, size=rows, dtype=torch.int64)
+    write_text(about, mine)
+    return made, checks
+
+
+def _count(path: Path) -> str:
+    """The number of processes in a file's name; empty for one."""
+    return path.name.partition("-of-")[2].partition(".")[0]
+
+
+def _sum(numbers: Tensor) -> int:
+    """A checksum, never 0."""
+    return 1 + zlib.crc32(numbers.view(torch.uint8).numpy().data)
 
 
 def refused(host: Host, below: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
+from inlay.engine import cache
 from inlay.engine.example import Example
 from inlay.models.base import DTYPES
 from inlay.train import checkpoint, record
@@ -106,7 +107,8 @@ def fit(
         if team.first:
             _announce(loop, journal, run_dir, found)
         if (where := settings.run.cache_activations) != "off":
-            journal.tell(loop.way.remember(name, train, "ram" if where == "ram" else run_dir))
+            keep = loop.way.remember
+            journal.tell(keep(name, train, "ram" if where == "ram" else cache.file(run_dir), json.dumps(loop.base)))
         with training(host, name, settings.run.gradient_checkpointing), loop.active():
             _run(loop, run_dir, data, journal, stack, observers)
         return _finish(loop, run_dir, journal, about)

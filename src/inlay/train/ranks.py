@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from inlay.core.errors import InlayError
+from inlay.engine.cache import file, needed
 from inlay.engine.example import Example
 from inlay.engine.head import Read
-from inlay.train.ways import Way
+from inlay.train.ways import Plain, Way
 
 T = TypeVar("T")
 
@@ -164,6 +166,13 @@ class Team:
         dist.gather_object(value, found, dst=0, group=self.words)
         return found
 
+    def neighbours(self) -> list[int]:
+        """The ranks of this machine, this one among them."""
+        names: list[Any] = [None] * self.size
+        if self.size > 1:
+            dist.all_gather_object(names, platform.node(), group=self.words)
+        return [r for r, name in enumerate(names) if name == names[self.rank]]
+
     def same(self, value: Any, what: str) -> None:
         """Raises InlayError on every rank if one of them has another value than rank 0."""
         mine = self.from_first(lambda: value)
@@ -210,7 +219,7 @@ class Shared:
     """A way of which each rank goes its part."""
 
     def __init__(self, way: Way, team: Team):
-        self.way, self.team = way, team
+        self.way, self.team, self.host = way, team, way.host
         self.home: dict[int, int] = {}
         """The rank that always computes an example, by the example's identity, where that matters."""
 
@@ -236,12 +245,17 @@ class Shared:
         """As the way's own."""
         return self.way.active()
 
-    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+    def remember(
+        self, name: str, examples: Sequence[Example], where: Path | Literal["ram"], base: str = "", beside: int = 0
+    ) -> str:
         """Each rank keeps a share of its own, and computes the examples in it from now on: one that went to another
-        rank in the next epoch would not be found there. Ranks of several machines would not see each other's file."""
-        if where != "ram":
-            raise InlayError("several processes cannot share cached activations on disk; set cache_activations: ram")
-        every = shares(examples, self.team.size)
-        said = self.way.remember(name, every[self.team.rank], where)
+        rank in the next epoch would not be found there."""
+        if isinstance(self.way, Plain):
+            return self.way.remember(name, examples, where)
+        team, every = self.team, shares(examples, self.team.size)
+        sizes = [needed(self.host, part) for part in every]
+        mates = sum(sizes[r] for r in team.neighbours() if r != team.rank)
+        own = where if where == "ram" else file(where.parent, team.rank, team.size)
+        said = team.together(lambda: self.way.remember(name, every[team.rank], own, base, mates))
         self.home = {id(e): rank for rank, part in enumerate(every) for e in part}
-        return f"{said} in process {self.team.rank} of {self.team.size}"
+        return f"{said} in process {team.rank} of {team.size}, {max(sizes):,} in the fullest, {sum(sizes):,} in all"

@@ -18,6 +18,7 @@ import torch
 
 from inlay.core.errors import InlayError
 from inlay.core.files import make_folder, write_text
+from inlay.engine import cache
 from inlay.engine.example import Example, learned
 from inlay.train import checkpoint
 from inlay.train.batches import digest
@@ -33,11 +34,9 @@ OURS = (
     "wandb.id",
     "tensorboard",
     "adapter",
-    "activations.bin",
-    "activations.bin.done",
     "watched",
 )
-"""What a run writes, besides its checkpoints."""
+"""What a run writes, besides its checkpoints and cached activations."""
 PACKAGES = ("inlay", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "accelerate")
 
 
@@ -80,6 +79,7 @@ def check(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
     if overwrite or not _begun(run_dir):
         return
     there = [n for n in OURS if (run_dir / n).exists()] + [f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]
+    there += [p.name for p in cache.files(run_dir)]
     before = run_dir / "settings.yaml"
     if before.exists():
         changed = differences(identity(read_recipe(before, type(settings))), identity(settings))
@@ -113,7 +113,8 @@ def _latest(run_dir: Path, resume: bool | str | Path) -> Checkpoint | None:
 
 def _wipe(run_dir: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for path in [run_dir / n for n in OURS] + [run_dir / f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]:
+    folders = [run_dir / f"checkpoint-{s}" for s in checkpoint.steps(run_dir)]
+    for path in [*(run_dir / n for n in OURS), *folders, *cache.files(run_dir)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -23,12 +23,14 @@ from inlay.engine.example import IGNORED, Example, unlearned
 from inlay.engine.head import Read
 from inlay.engine.pack import Pack, budget, pack, packs, rounding
 from inlay.engine.steady import Steady
-from inlay.train.batches import Batch, collate
+from inlay.train.batches import Batch, collate, digest
 from inlay.train.settings import TrainSettings
 
 
 class Way(Protocol):
     """How examples become losses."""
+
+    host: Host
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The examples of a step in groups, each one forward."""
@@ -46,8 +48,16 @@ class Way(Protocol):
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Around every forward and backward."""
 
-    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
-        """Keep what lies below the adapter from epoch to epoch; returns what to say of it."""
+    def remember(
+        self, name: str, examples: Sequence[Example], where: Path | Literal["ram"], base: str = "", beside: int = 0
+    ) -> str:
+        """Keep what lies below the adapter from epoch to epoch; returns what to say of it.
+
+        Args:
+            where: `ram`, or a file.
+            base: tells this base from others, so that no other one's file is read.
+            beside: bytes that other processes of this machine will take for theirs.
+        """
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
@@ -93,7 +103,9 @@ class Plain:
         """Nothing to prepare."""
         return contextlib.nullcontext()
 
-    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+    def remember(
+        self, name: str, examples: Sequence[Example], where: Path | Literal["ram"], base: str = "", beside: int = 0
+    ) -> str:
         """Padded batches are never cached."""
         return "activations are not cached: batches are padded, not packed"
 
@@ -129,9 +141,11 @@ class Packed:
         with self.cache.serving(rows, made.layout) if self.cache else contextlib.nullcontext():
             yield made
 
-    def remember(self, name: str, examples: Sequence[Example], where: Path | Literal["ram"]) -> str:
+    def remember(
+        self, name: str, examples: Sequence[Example], where: Path | Literal["ram"], base: str = "", beside: int = 0
+    ) -> str:
         """Raises InlayError where nothing can be cached."""
-        self.cache = Cache(self.host, name, examples, where)
+        self.cache = Cache(self.host, name, examples, where, f"{base} {digest(examples)}", beside)
         told = f"the {self.cache.below} lower blocks of {self.host.anatomy.layers} run once per example"
         return f"{told}; caching that takes {self.cache.bytes:,} bytes"
 
