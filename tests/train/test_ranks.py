@@ -12,7 +12,7 @@ import torch
 
 import inlay
 from inlay.train import checkpoint
-from inlay.train.ranks import ALONE, shares
+from inlay.train.ranks import ALONE, shares, spread
 from tests.train.ranked import (
     breaks,
     counts_below,
@@ -224,6 +224,67 @@ def test_an_overflow_in_one_rank_leaves_out_the_step_of_all(tmp_path, parallel):
     path = tmp_path / "two" / "checkpoint-3"
     (again,) = launch(1, resumed, tmp_path / "two", path, own, changes, overflows(2, 0))
     assert again["scales"] == 3 * [32768.0] and again["loss"] == pytest.approx(want["loss"], **NEAR_16)
+
+
+LAUNCH = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted", "size", "sharded", "says"),
+    [
+        (LAUNCH, "auto", 2, False, ""),
+        (LAUNCH, "fsdp", 2, True, ""),
+        (LAUNCH, "fsdp", 1, False, ""),
+        ({"ACCELERATE_USE_FSDP": "true"}, "auto", 2, False, ""),  # left there by a Trainer
+        ({**LAUNCH, "ACCELERATE_USE_FSDP": "false"}, "auto", 2, False, ""),
+        ({**LAUNCH, "ACCELERATE_USE_FSDP": "true"}, "auto", 2, True, "Inlay shards the base itself"),
+        ({**LAUNCH, "ACCELERATE_USE_FSDP": "true"}, "fsdp", 2, True, "Inlay shards the base itself"),
+        ({**LAUNCH, "ACCELERATE_USE_FSDP": "true"}, "ddp", 2, False, "FSDP, but each process holds the whole base"),
+        ({**LAUNCH, "ACCELERATE_USE_FSDP": "true"}, "auto", 1, False, "FSDP, but one process holds the whole base"),
+        ({**LAUNCH, "ACCELERATE_USE_DEEPSPEED": "true"}, "auto", 2, False, "DeepSpeed, but each process holds"),
+        (
+            {**LAUNCH, "ACCELERATE_USE_DEEPSPEED": "true"},
+            "fsdp",
+            2,
+            True,
+            "DeepSpeed, but the base is sharded by FSDP2",
+        ),
+    ],
+)
+def test_what_accelerate_is_asked_for_is_done_or_said(monkeypatch, variables, wanted, size, sharded, says):
+    for n in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", *LAUNCH):
+        monkeypatch.delenv(n, raising=False)
+    for n, value in variables.items():
+        monkeypatch.setenv(n, value)
+    got = spread(wanted, size)
+    assert got[0] is sharded and (says in got[1] if says else not got[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "says", "part"),
+    [
+        ("", "asks for FSDP: Inlay shards the base itself", 0.5),
+        ("--parallel ddp", "asks for FSDP, but each process holds the whole base (parallel: ddp)", 1.0),
+    ],
+)
+def test_accelerate_asked_for_fsdp_on_cpus(tmp_path, flags, says, part):
+    """By its own configuration file, in real processes; each counts what it holds of the base when it ends."""
+    config = tmp_path / "fsdp.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\n"
+        "machine_rank: 0\nmain_process_port: 0\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 2\n"
+    )
+    own = "--model tiny-llama --task world-addsub --limit 40 --steps 2 --warmup 1 --loggers none"
+    alone = f"-m inlay train {own} --out {tmp_path / 'one'}".split()
+    spread_ = f"-m accelerate.commands.launch --config_file {config} -m tests.train.held {own} {flags}".split()
+    for command in (alone, [*spread_, "--out", str(tmp_path / "two")]):
+        made = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+        assert made.returncode == 0, made.stderr
+    assert " ".join(made.stderr.split()).count(says) == 1 and says in (tmp_path / "two" / "log.txt").read_text()
+    alike(tmp_path / "one", tmp_path / "two")
+    held = [float(line.split()[1]) for line in made.stdout.splitlines() if line.startswith("held ")]
+    assert held == pytest.approx([part, part], rel=0.1)
 
 
 @pytest.mark.slow

@@ -136,8 +136,8 @@ def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Che
         journal.say(f"go on from {found.path}, step {loop.step} of {loop.total}")
     if found is not None and changed:
         journal.tell(f"this machine or software differs, so the result may, too: {'; '.join(changed)}")
-    if loop.notice:
-        journal.tell(loop.notice)
+    for told in filter(None, (loop.asked, loop.notice)):
+        journal.tell(told)
     if loop.schedule.get_last_lr()[0] < loop.settings.optim.lr and loop.settings.optim.warmup >= loop.total:
         journal.tell(
             f"warm-up ({loop.settings.optim.warmup:g} steps) is as long as the run: the full rate is not reached; "

@@ -29,7 +29,7 @@ from inlay.engine.head import Read
 from inlay.train import checkpoint
 from inlay.train.batches import Feed
 from inlay.train.objective import Objective, Reduce, TokenMean
-from inlay.train.ranks import ALONE, Shared, Team, place
+from inlay.train.ranks import ALONE, Shared, Team, place, spread
 from inlay.train.settings import OptimSettings, TrainSettings, differences, identity
 from inlay.train.shards import Sharded, shard
 from inlay.train.ways import Way, choose
@@ -134,7 +134,7 @@ class Loop:
     ):
         self.team, self.base = team, fingerprint(host)
         team.align(host.tensors(name))
-        self.sharded = settings.run.parallel == "fsdp" and team.size > 1
+        self.sharded, self.asked = spread(settings.run.parallel, team.size)
         root = shard(host, team, place(settings.run.device)) if self.sharded else None
         self.host, self.name, self.settings = host, name, settings
         self.edit, self.val = host.edits[name], val

@@ -33,6 +33,8 @@ PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others before it gives up."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What every launcher sets."""
+OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""What `accelerate launch` tells its processes to use, and Inlay does not."""
 ASTRAY = "another process of this run has failed; its own message says why"
 
 
@@ -74,6 +76,31 @@ def place(wanted: str | None) -> torch.device:
     if torch.device(wanted).index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InlayError(f"device {wanted!r} would be every process's; leave device out: each takes one of its own")
     return torch.device(wanted)
+
+
+def spread(wanted: Literal["auto", "ddp", "fsdp"], size: int) -> tuple[bool, str]:
+    """(whether `size` processes hold one base together, what to say if `accelerate launch` was asked for something).
+
+    What accelerate itself would do is of no account: it replicates on CPUs where FSDP is asked for.
+    """
+    launched = all(os.environ.get(n) for n in LAUNCHED)
+    asked = {n for n in ("ACCELERATE_USE_FSDP", *OTHERS) if launched and os.environ.get(n, "").lower() in ("true", "1")}
+    fsdp = "ACCELERATE_USE_FSDP" in asked
+    sharded = size > 1 and (wanted == "fsdp" or wanted == "auto" and fsdp)
+    if fsdp and sharded:
+        return (
+            sharded,
+            "accelerate asks for FSDP: Inlay shards the base itself (FSDP2); accelerate's settings of it are not read",
+        )
+    names = ["FSDP"] * fsdp + [name for n, name in OTHERS.items() if n in asked]
+    if not names:
+        return sharded, ""
+    how = "one process holds the whole base" if size == 1 else "each process holds the whole base (parallel: ddp)"
+    if sharded:
+        how = "the base is sharded by FSDP2 (parallel: fsdp)"
+    elif not fsdp and size > 1:
+        how += "; parallel: fsdp shards it"
+    return sharded, f"accelerate asks for {' and '.join(names)}, but {how}"
 
 
 def shares(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -14,7 +14,7 @@ from inlay.core.files import sha256
 from inlay.train.ahead import Ahead
 from inlay.train.fitting import RunResult, fit
 from inlay.train.loop import seed_everything
-from inlay.train.ranks import Team, joined, place
+from inlay.train.ranks import Team, joined, place, spread
 from inlay.train.record import check
 from inlay.train.settings import DataSettings, TrainSettings
 
@@ -104,7 +104,7 @@ def _train(
     team.from_first(lambda: check(settings.out, settings, resume, overwrite))
     teach = plan(settings, settings.run.progress and team.first)
     # A base to be sharded is taken to the devices block by block.
-    device = "cpu" if settings.run.parallel == "fsdp" and team.size > 1 else str(place(settings.run.device))
+    device = "cpu" if spread(settings.run.parallel, team.size)[0] else str(place(settings.run.device))
     model, tokenizer = load_base(settings.model, settings.run.dtype, device)
     seed_everything(settings.run.seed)
     host = attach(model)

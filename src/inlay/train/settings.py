@@ -70,6 +70,11 @@ class DataSettings:
     group_by_length: bool = False
     """Batches of examples of like length: less padding, a less random order."""
 
+    def __post_init__(self) -> None:
+        for name in ("train_file", "val_file"):
+            if (file := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(file))
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
@@ -106,8 +111,9 @@ class RunSettings:
     bf16 than in fp16."""
     device: str | None = None
     """Where to run, e.g. `cuda:0`; the GPU if there is one."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under a launcher that starts several processes: each holds the whole base, or all of them one (FSDP2)."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under a launcher that starts several processes: each holds the whole base (`ddp`), or all of them one (`fsdp`,
+    FSDP2). `auto` is ddp, unless `accelerate launch` was asked for FSDP."""
     engine: Literal["packed", "plain"] = "packed"
     """Sequences packed side by side and logits only where tokens are learned, or padded rows through the whole model:
     the same losses to rounding. Where packing cannot serve a model, the run says so and is plain."""
@@ -158,6 +164,7 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
         o, r, d = self.optim, self.run, self.data
         at_least = [("batch_size", o.batch_size, 1), ("micro_batch", o.micro_batch, 1), ("cutoff", d.cutoff, 1)]
         at_least += [("keep_last", r.keep_last, 1), ("eval_every", r.eval_every, 0), ("save_every", r.save_every, 0)]
