@@ -231,8 +231,6 @@ def test_the_command_line_knows_inlay(worn, tok, tasks, tmp_path, monkeypatch, c
         "tiny_choice",
         "--include_path",
         str(tmp_path / "tasks"),
-        "--device",
-        "cpu",
         "--batch_size",
         "2",
     ]

@@ -118,6 +118,13 @@ def test_identity_leaves_out_what_does_not_matter(tmp_path):
 
 
 # ---- the published recipes -------------------------------------------------------------------------------------------
+def test_paths_may_be_texts():
+    made = TrainSettings(model="m", out="runs/a", data=DataSettings(train_file="a.json", val_file="b.json"))
+    assert made == TrainSettings(
+        model="m", out=Path("runs/a"), data=DataSettings(train_file=Path("a.json"), val_file=Path("b.json"))
+    )
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_is_whole(path):
     """Each recipe reads, and its method knows its settings."""

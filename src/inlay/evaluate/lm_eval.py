@@ -62,7 +62,8 @@ class InlayLM(HFLM):
         tokenizer: the base's.
         adapter: a name on the host (`a+b`: worn together), with `pretrained` an adapter folder; None: the bare base.
         pretrained: a base that `load_base` knows (an embedded one, a folder, a Hub id).
-        dtype, device: of a `pretrained` base.
+        dtype, device: of a `pretrained` base. Where there is no CUDA, `cuda:0` is passed over, as the harness's own
+            models pass it over: its command line says so if nobody says anything.
         more: whatever the harness's `HFLM` takes (`batch_size`, `max_length`, `add_bos_token` ...).
     """
 
@@ -213,6 +214,8 @@ def _load(pretrained: str, adapter: str | None, dtype: str | None, device: str |
     from inlay.evaluate.settings import hang
     from inlay.models.base import load_base
 
+    if device == "cuda:0" and not torch.cuda.is_available():
+        device = None
     model, tokenizer = load_base(pretrained, DTYPES.get(dtype, dtype) if dtype else None, device)
     host = inlay.attach(model)
     return host, tokenizer, None if adapter is None else hang(host, Path(adapter))
