@@ -83,6 +83,10 @@ def test_no_room_is_said_before_training(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("Usage", (), {"free": 10})())
     with pytest.raises(InlayError, match="need .* bytes, 10 are free at"):
         Cache(host, "a", ROWS, file(tmp_path))
+    file(tmp_path).write_bytes(bytes(1 << 20))  # what is there already needs no room
+    Cache(host, "a", ROWS, file(tmp_path))
+    with pytest.raises(InlayError, match=r"need .* bytes \(and 2,000,000 in other processes of this machine\)"):
+        Cache(host, "a", ROWS, file(tmp_path), beside=2_000_000)
 
 
 def test_a_file_is_read_by_whom_it_belongs_to_and_by_nobody_else(tmp_path):
@@ -131,3 +135,11 @@ def test_a_block_that_says_a_tuple_says_one_after_a_resumption(tmp_path):
         way.cache = Cache(host, "a", ROWS, file(tmp_path))
         found.append(gradients(host, "a", way, ROWS)[0])
     assert way.cache.has(ROWS) and found[0] == found[1]
+
+
+def test_an_example_that_occurs_twice_is_kept_as_one(tmp_path):
+    host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
+    way = Packed(host, 0, 14)
+    want = gradients(host, "a", way, ROWS)
+    way.cache = Cache(host, "a", [*ROWS, *ROWS], file(tmp_path))
+    assert [gradients(host, "a", way, ROWS)[0] for _ in range(2)] == [want[0]] * 2 and way.cache.has(ROWS)

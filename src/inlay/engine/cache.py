@@ -91,10 +91,10 @@ class Cache:
         """Examples whose numbers this process has written, or read and found whole."""
         if isinstance(where, Path):
             mine = [about, where.name, self.below, row, host.hidden, str(host.dtype)]
-            self.data, self.sums = _opened(where, json.dumps(mine), row * host.hidden, len(self.at) + 1, host.dtype)
+            self.data, self.sums = _opened(where, json.dumps(mine), row * host.hidden, len(examples) + 1, host.dtype)
         else:
             self.data = torch.empty(row * host.hidden, dtype=host.dtype)
-            self.sums = torch.zeros(len(self.at) + 1, dtype=torch.int64)
+            self.sums = torch.zeros(len(examples) + 1, dtype=torch.int64)
         self.data = self.data.view(row, host.hidden)
 
     def has(self, rows: Sequence[Example]) -> bool:
@@ -154,14 +154,22 @@ class Cache:
 def _claim(own: int, beside: int, where: Path | Literal["ram"]) -> None:
     if isinstance(where, Path):
         folder = next(p for p in (where.parent, *where.parent.parents) if p.exists())
-        held = where.stat().st_blocks * 512 if where.exists() else 0
-        free, what = shutil.disk_usage(folder).free + held, f"free at {where.parent}"
+        free, what = shutil.disk_usage(folder).free + _held(where.parent), f"free at {where.parent}"
     else:
         told = available()
         free, what = (own + beside if told is None else told), "of memory available"
     if own + beside > free:
         shared = f" (and {beside:,} in other processes of this machine)" if beside else ""
         raise InlayError(f"cached activations need {own:,} bytes{shared}, {free:,} are {what}; leave the cache off")
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the disk that a stopped run's files take already, this process's and its neighbours'."""
+    total = 0
+    for path in files(folder):
+        with contextlib.suppress(FileNotFoundError):  # a neighbour has just removed it
+            total += 512 * getattr(path.stat(), "st_blocks", 0)
+    return total
 
 
 def _opened(path: Path, mine: str, size: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
