@@ -175,6 +175,17 @@ def test_penalties_of_a_base_are_the_harness_business(worn, tok):
     own.repetition_penalty = None
 
 
+def test_a_special_token_as_a_stop_text_is_the_harness_business(worn, tok):
+    """Texts come without special tokens, so no slot would stop there; an end token ends by itself."""
+    from inlay.evaluate.lm_eval import InlayLM
+
+    more = copy.deepcopy(tok)
+    more.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    model = InlayLM(worn, more)
+    assert model._settings({"until": ["x", "</s>"], "max_gen_toks": 9}) is not None
+    assert model._settings({"until": ["x", "<|turn|>"], "max_gen_toks": 9}) is None
+
+
 def test_virtual_tokens_in_the_harness(worn, tok, tasks):
     from inlay.evaluate import GenerateSettings, generate, option_scores
     from inlay.evaluate.lm_eval import InlayLM
