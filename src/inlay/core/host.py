@@ -170,17 +170,20 @@ class Host:
         return spots
 
     def _places(self, spots: Mapping[str, tuple[Spot, str]]) -> list[Place]:
-        for key, (spot, _) in spots.items():
-            if key not in self.sites:
-                self.sites[key] = Site(self, spot, self.model.get_submodule(spot.path))
+        fresh = {key: spot for key, (spot, _) in spots.items() if key not in self.sites}
+        layers = dict(self.model.named_modules(remove_duplicate=False)) if fresh else {}
+        for key, spot in fresh.items():
+            self.sites[key] = Site(self, spot, layers[spot.path])
         return [self.sites[key].wired(wiring) for key, (_, wiring) in spots.items()]
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         # Drawn on the CPU, so that a seed means the same on every device; on meta only shapes are wanted.
         device = self.device
+        home = torch.device("meta" if device.type == "meta" else "cpu")
+        usual = torch.get_default_device() == home  # naming it all the same would slow every call
         with (
             torch.random.fork_rng(devices=[], enabled=seed is not None),
-            torch.device("meta" if device.type == "meta" else "cpu"),
+            contextlib.nullcontext() if usual else home,
         ):
             if seed is not None:
                 torch.manual_seed(seed)

@@ -60,6 +60,10 @@ class Wardrobe(nn.Module):
 class Site(nn.Module):
     """Where adapters hang on one layer, or on one part of a fused layer."""
 
+    spoken = False
+    """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
+    _given: Tensor | None = None
+
     def __init__(self, host: Host, spot: Spot, layer: nn.Module):
         super().__init__()
         self.wear = Wardrobe()
@@ -67,9 +71,6 @@ class Site(nn.Module):
         self.spot = spot
         self._host = [host]  # in a list: the host is no child of the layer
         self._layer = [layer]
-        self._given: Tensor | None = None
-        self.spoken = False
-        """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
         self._worn = Worn(())
         d_in, d_out = widths(layer, host.hidden)
         self.place = Place(
