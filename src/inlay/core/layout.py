@@ -32,6 +32,24 @@ class Family:
     length: int
     mask_TT: Tensor | None
     """True where the token of a row sees the token of a column; None: plainly causal."""
+    sizes: tuple[int, ...]
+    """Tokens of its sequences, in reading order; all in one where it is plainly causal."""
+    parents: tuple[int | None, ...]
+    """Which of them each one continues."""
+
+    @property
+    def paths(self) -> list[tuple[tuple[int, ...], int]]:
+        """(sequences from the first to one that nothing continues, how many of these stand in an earlier path)."""
+        found, met = [], set[int]()
+        for end in sorted(set(range(len(self.sizes))) - set(self.parents)):
+            path: list[int] = []
+            at: int | None = end
+            while at is not None:
+                path.append(at)
+                at = self.parents[at]
+            found.append((tuple(reversed(path)), len(met & set(path))))
+            met |= set(path)
+        return found
 
 
 @dataclass(frozen=True)
@@ -150,8 +168,7 @@ def lay_out(
                 start[i], row_of[i], owner[r, column:end] = column, r, i
                 position[r, column:end] = place[r, column:end] = torch.arange(behind[i], behind[i] + lengths[i])
                 column = end
-            mask = _mask(members[head], lengths, parents, need[head], column - begin)
-            families.append(Family(r, begin, column - begin, mask))
+            families.append(_family(members[head], lengths, parents, need[head], (r, begin, column - begin)))
     flat, at, roots = owner.flatten(), place.flatten(), torch.tensor(root)
     offsets = {} if space is None else space.offset
     first = {n: torch.where(flat < 0, 1, o[roots[flat]] - at) for n, o in offsets.items()}
@@ -185,10 +202,13 @@ def _trees(
     return root, behind, members
 
 
-def _mask(own: list[int], lengths: Sequence[int], parents: Sequence[int | None], need: int, size: int) -> Tensor | None:
-    """What the tokens of a family see; a chain without branches is plainly causal."""
+def _family(
+    own: list[int], lengths: Sequence[int], parents: Sequence[int | None], need: int, where: tuple[int, int, int]
+) -> Family:
+    """A family and what its tokens see; a chain without branches is plainly causal."""
+    row, start, size = where
     if all(parents[b] == a for a, b in zip(own, own[1:], strict=False)):
-        return None
+        return Family(row, start, size, None, (size,), (None,))
     mask = torch.zeros(size, size, dtype=torch.bool)
     mask[:, :need] = True
     begin: dict[int, int] = {}
@@ -201,4 +221,7 @@ def _mask(own: list[int], lengths: Sequence[int], parents: Sequence[int | None],
         while p is not None:
             mask[mine, begin[p] : begin[p] + lengths[p]] = True
             p = parents[p]
-    return mask.tril_()
+    place = {i: n for n, i in enumerate(own)}
+    sizes = (need + lengths[own[0]], *(lengths[i] for i in own[1:]))
+    above = tuple(None if (p := parents[i]) is None else place[p] for i in own)
+    return Family(row, start, size, mask.tril_(), sizes, above)

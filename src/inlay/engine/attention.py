@@ -9,8 +9,9 @@ gradient checkpointing replays a layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,28 +105,60 @@ def attention(
     R, H, W, _ = query.shape
     if (times := H // key.shape[1]) > 1:
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     sizes, pieces = _cuts(layout)
-    parts = [t.split(sizes) for t in (q, k, v)]
-    said = []
-    for own, q_, k_, v_ in zip(pieces, *parts, strict=True):
-        if own is None:
-            said.append(v_)
-            continue
-        q_, k_, v_ = (t.transpose(0, 1) for t in (q_, k_, v_))
-        mask = _seen(layout, own, sliding_window, query.device)
-        if softcap is not None:
-            out = capped(q_, k_, v_, mask, scaling, softcap, dropout)
-        elif dropout == 0 and _short(q_):
-            bias = _bias(layout, own, sliding_window, mask, q_)
-            out = Recomputed.apply(q_, k_, v_, bias, scaling or q_.shape[-1] ** -0.5)
-        else:
-            causal = mask is None and own.length > 1
-            out = scaled_dot_product_attention(
-                q_[None], k_[None], v_[None], mask, dropout, is_causal=causal, scale=scaling
-            )[0]
-        said.append(out.transpose(0, 1))
+    q, k, v = (t.transpose(1, 2).flatten(0, 1).split(sizes) for t in (query, key, value))
+    work = functools.partial(_path, layout, scaling=scaling, dropout=dropout, softcap=softcap, window=sliding_window)
+    said: list[Tensor] = []
+    for own in pieces:
+        here = slice(len(said), len(said) + (1 if own is None else len(own.sizes)))
+        said += v[here] if own is None else _answers(own, q[here], k[here], v[here], work)
     return torch.cat(said).view(R, W, H, -1)
+
+
+def _answers(
+    own: Family, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], work: Callable[..., Tensor]
+) -> list[Tensor]:
+    """What the sequences of a family are told, from what each asks and offers (T, H, D). Sequences that continue one
+    another attend as the one that they are; what several of these share asks once."""
+    told: dict[int, Tensor] = {}
+    for path, known in own.paths:
+        behind, ask = sum(own.sizes[i] for i in path[:known]), path[known:]
+        fresh = [own.sizes[i] for i in ask]
+        # A plainly causal kernel skips half of its work: asking again costs less than a mask does.
+        again = behind if behind <= sum(fresh) else 0
+        out = work(_joined(q, path if again else ask), _joined(k, path), _joined(v, path))
+        told |= zip(ask, out[again:].split(fresh), strict=True)
+    return [told[i] for i in range(len(own.sizes))]
+
+
+def _joined(parts: Sequence[Tensor], which: Sequence[int]) -> Tensor:
+    return parts[which[0]] if len(which) == 1 else torch.cat([parts[i] for i in which])
+
+
+def _path(
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of one sequence's last L tokens to all T of it: q (L, H, D), k and v (T, H, D) -> (L, H, D)."""
+    L, T = len(q), len(k)
+    near = window if window and window < T else None
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    if softcap is not None:
+        out = capped(q, k, v, _seen(layout, T, near, q.device)[T - L :], scaling, softcap, dropout)
+    elif dropout == 0 and _short(k):
+        out = Recomputed.apply(q, k, v, _bias(layout, T, near, q)[T - L :], scaling or q.shape[-1] ** -0.5)
+    else:
+        plain = near is None and L == T
+        mask = None if plain else _bias(layout, T, near, q)[T - L :]
+        causal = plain and T > 1
+        out = scaled_dot_product_attention(q[None], k[None], v[None], mask, dropout, is_causal=causal, scale=scaling)[0]
+    return out.transpose(0, 1)
 
 
 class Recomputed(torch.autograd.Function):
@@ -154,26 +187,28 @@ class Recomputed(torch.autograd.Function):
         return torch.bmm(ds, k).mul_(ctx.s), torch.bmm(ds.mT, qs), torch.bmm(p.mT, g), None, None
 
 
-def _short(q: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[1] <= SHORT
+def _short(k: Tensor) -> bool:
+    return k.device.type == "cpu" and k.dtype.itemsize == 2 and k.shape[1] <= SHORT
 
 
-def _bias(layout: Layout, own: Family, window: int | None, mask: Tensor | None, like: Tensor) -> Tensor:
-    """What is added to the scores of q (H, T, D): 0 where a token is seen, minus infinity elsewhere."""
+def _bias(layout: Layout, T: int, near: int | None, like: Tensor) -> Tensor:
+    """What is added to scores (T, T): 0 where a token is seen, minus infinity elsewhere."""
 
     def make() -> Tensor:
-        T = like.shape[1]
-        if mask is None:
-            return torch.full((T, T), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
-        return torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
+        seen = _seen(layout, T, near, like.device)
+        return torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
-    return _once(layout, ("bias", _shape(own, window), like.dtype), make)
+    return _once(layout, ("bias", T, near, like.dtype), make)
 
 
-def _shape(own: Family, window: int | None) -> Any:
-    """What a family's mask depends on."""
-    near = window if window and own.length > window else None
-    return (own.length, near) if own.mask_TT is None else (own.row, own.start, near)
+def _seen(layout: Layout, T: int, near: int | None, device: torch.device) -> Tensor:
+    """True where a token of a sequence sees another (T, T): those before it, and only so near ones if told."""
+
+    def make() -> Tensor:
+        seen = torch.ones(T, T, dtype=torch.bool, device=device).tril_()
+        return seen if near is None else seen.triu_(1 - near)
+
+    return _once(layout, ("seen", T, near), make)
 
 
 def _once(layout: Layout, key: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -184,7 +219,7 @@ def _once(layout: Layout, key: Any, make: Callable[[], Tensor]) -> Tensor:
 
 
 def _cuts(layout: Layout) -> tuple[list[int], list[Family | None]]:
-    """Sizes of consecutive pieces of the flattened batch, and the family in each (None: empty columns)."""
+    """Sizes of consecutive pieces of the flattened batch, and the families in them (None: empty columns)."""
     sizes: list[int] = []
     pieces: list[Family | None] = []
     at, W = 0, layout.shape[1]
@@ -193,26 +228,13 @@ def _cuts(layout: Layout) -> tuple[list[int], list[Family | None]]:
         if begin > at:
             sizes.append(begin - at)
             pieces.append(None)
-        sizes.append(f.length)
+        sizes += f.sizes
         pieces.append(f)
         at = begin + f.length
     if at < layout.shape[0] * W:
         sizes.append(layout.shape[0] * W - at)
         pieces.append(None)
     return sizes, pieces
-
-
-def _seen(layout: Layout, own: Family, window: int | None, device: torch.device) -> Tensor | None:
-    """A family's mask (T, T); None where plain causality says it all."""
-    if not window or own.length <= window:
-        return own.mask_TT
-    if own.mask_TT is not None:
-        raise InlayError("sequences that continue others cannot be longer than the sliding window")
-
-    def make() -> Tensor:
-        return torch.ones(own.length, own.length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
-
-    return _once(layout, ("seen", _shape(own, window)), make)
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
@@ -229,13 +251,9 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float | None
     return out.reshape(B, H, T, -1)
 
 
-def capped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float, dropout: float
-) -> Tensor:
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, cap: float, dropout: float) -> Tensor:
     """Gemma 2's attention: scores pass cap tanh(s / cap) before the softmax."""
     scores = q @ k.mT * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = cap * torch.tanh(scores / cap)
-    T = q.shape[-2]
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril_() if mask is None else mask
     p = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1, dtype=torch.float32).to(q.dtype)
     return torch.nn.functional.dropout(p, dropout) @ v
