@@ -25,7 +25,7 @@ from benchmarks import mix as mixing
 from benchmarks.bases import llama
 from benchmarks.choice import Choice
 from benchmarks.generate import Generation
-from benchmarks.harness import FASTER, SHARE, Result, Watch, compare, faster, machine, peak, record, rounds
+from benchmarks.harness import FASTER, SHARE, Result, Watch, compare, faster, machine, peak, record, rounds, state
 from benchmarks.lengths import Row, about, rows
 from benchmarks.train import METHODS, Ours, Peer, Side, agree, alike, batches, pair, turn
 from inlay.core.host import Host
@@ -140,7 +140,7 @@ def memory(asked: Asked) -> Iterator[Result]:
     """Peak resident memory of a fresh process, and the same above an idle process with the model loaded."""
     for kind in asked.kinds:
         common = [asked.size, kind, "lora", "fp32", str(BATCH), str(asked.steps), str(asked.threads)]
-        found = {side: [peak(side, *common) for _ in range(min(3, asked.rounds))] for side in ("ours", "peer", "empty")}
+        found = {side: [peak(side, *common) for _ in range(asked.rounds)] for side in ("ours", "peer", "empty")}
         idle = statistics.median(found["empty"])
         note = f"of which {idle:.0f} MiB are Python, PyTorch and the weights"
         yield compare(f"memory lora {kind} {asked.size} fp32", SHARE, found["ours"], found["peer"], "MiB", PEFT, note)
@@ -314,7 +314,7 @@ def main() -> None:
     if given.default_products:
         bound.default_products()
     command = "python -m benchmarks " + " ".join("DATA" if a == str(given.data) else a for a in sys.argv[1:])
-    print(machine())
+    print({**machine(), "inlay": state()})
     watch = Watch()
     for name in given.workloads or WORKLOADS:
         for result in WORKLOADS[name](asked):

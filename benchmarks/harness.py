@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -18,8 +19,10 @@ from typing import NamedTuple
 
 import torch
 
+import inlay
+
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks.json"
-PACKAGES = ("torch", "transformers", "peft", "lm_eval", "adapters")
+PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters")
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,27 @@ def machine() -> dict[str, object]:
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "packages": found,
     }
+
+
+@functools.cache
+def state(package: Path = Path(inlay.__file__).parent) -> str:
+    """Which Inlay was measured: its commit, with a + where files differ from it; the version where there is no git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not the repository of a project that Inlay is installed in
+        commit, changed = git("rev-parse", "--short=7", "HEAD").strip(), git("status", "--porcelain", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return inlay.__version__
+    return f"{commit}+" if changed else commit
 
 
 class Watch:
@@ -177,6 +196,6 @@ def record(result: Result, command: str, load: Mapping[str, float], path: Path =
             result.workload, result.peer_is, here["processor"])  # fmt: skip
 
     there = [r for r in there if not same(r)]
-    about = {"command": command, "date": date.today().isoformat(), "load": load, "machine": here}
+    about = {"command": command, "date": date.today().isoformat(), "inlay": state(), "load": load, "machine": here}
     there.append({**asdict(result), **about})
     path.write_text(json.dumps(sorted(there, key=lambda r: r["workload"]), indent=1) + "\n")

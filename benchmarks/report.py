@@ -39,11 +39,10 @@ def by_processor(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def table(results: list[dict]) -> str:
-    """Every result, one row each."""
-    lines = [
-        "| workload | peer | ours | peer's | ratio (range over rounds) | by CPU time | rounds | others' load | notes |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Every result, one row each; a row recorded before Inlay's state was has none."""
+    columns = ("workload", "peer", "ours", "peer's", "ratio (range over rounds)", "by CPU time", "rounds", "others' load",
+               "Inlay", "notes")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in results:
         ratio = f"{r['ratio']:.2f} {'×' if r['metric'] == 'times faster' else 'of it'} ({r['low']:.2f}–{r['high']:.2f})"
         digits = 0 if r["unit"] == "MiB" else 4
@@ -51,7 +50,8 @@ def table(results: list[dict]) -> str:
         load = f"{r['load']['others'] + r['load']['stolen']:.2f} cores"
         lines.append(
             f"| {r['workload']} | {r['peer_is']} | {r['ours']:.{digits}f} {r['unit']} | "
-            f"{r['peer']:.{digits}f} {r['unit']} | {ratio} | {cpu} | {r['rounds']} | {load} | {r['note']} |"
+            f"{r['peer']:.{digits}f} {r['unit']} | {ratio} | {cpu} | {r['rounds']} | {load} | "
+            f"{r.get('inlay', '')} | {r['note']} |"
         )
     dates = sorted({r["date"] for r in results})
     machines = sorted({json.dumps(r["machine"], sort_keys=True) for r in results})

@@ -1,15 +1,18 @@
 """The measuring itself: ratios by round, sides that compute the same, typical lengths, work that is counted."""
 
 import json
+import re
+import subprocess
 import time
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import inlay
 from benchmarks import bound, report
 from benchmarks.bases import llama
-from benchmarks.harness import FASTER, SHARE, Took, Watch, clock, compare, faster, record, rounds, total
+from benchmarks.harness import FASTER, SHARE, Took, Watch, clock, compare, faster, record, rounds, state, total
 from benchmarks.lengths import BATCH, FILE, Pair, padding, rows, typical
 from benchmarks.train import Ours, agree, alike, batches, pair, turn
 
@@ -50,9 +53,41 @@ def test_a_result_takes_the_place_of_an_older_one_and_every_column_is_written(tm
         )
     found = json.loads(path.read_text())
     assert [(r["workload"], r["ratio"]) for r in found] == [("a", 2.0), ("b", 3.0)]
-    assert {"machine", "command", "date", "load", "low", "high", "cpu_ratio"} <= found[0].keys()
+    assert {"machine", "command", "date", "inlay", "load", "low", "high", "cpu_ratio"} <= found[0].keys()
+    assert found[0]["machine"]["ram_gib"] > 0
+    assert {"torch", "numpy", "transformers", "accelerate"} <= found[0]["machine"]["packages"].keys()
     header, rule, *lines = report.table(found).split("\n\n")[0].splitlines()
     assert len(lines) == 2 and len({line.count("|") for line in (header, rule, *lines)}) == 1
+
+
+def test_a_row_tells_the_state_of_inlay_and_an_older_one_tells_none(tmp_path):
+    path = tmp_path / "benchmarks.json"
+    record(compare("a", FASTER, [1.0], [2.0], "s", "p"), "c", Watch().told(), path)
+    (row,) = json.loads(path.read_text())
+    older = {k: v for k, v in row.items() if k != "inlay"}
+    header, _, *lines = report.table([row, older]).split("\n\n")[0].splitlines()
+    at = [cell.strip() for cell in header.split("|")].index("Inlay")
+    assert [line.split("|")[at].strip() for line in lines] == [state(), ""]
+
+
+def git(folder, *words):
+    subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+
+def test_the_state_is_the_commit_marked_where_files_differ_and_the_version_without_one(tmp_path):
+    for name in ("src", "installed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    assert state.__wrapped__(tmp_path / "src") == inlay.__version__
+    (tmp_path / ".gitignore").write_text("installed\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    clean = state.__wrapped__(tmp_path / "src")
+    assert re.fullmatch("[0-9a-f]{7}", clean)
+    assert state.__wrapped__(tmp_path / "installed") == inlay.__version__  # another project's repository
+    (tmp_path / "src" / "__init__.py").write_text("1\n")
+    assert state.__wrapped__(tmp_path / "src") == f"{clean}+"
 
 
 @pytest.mark.parametrize("kind", ["math", "commonsense", "alpaca"])
