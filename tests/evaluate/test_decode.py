@@ -1,10 +1,12 @@
 """Generation does not depend on the batch, agrees with Hugging Face one by one, and ends where it should."""
 
+import copy
+
 import pytest
 import torch
 
 from inlay.core.errors import InlayError
-from inlay.evaluate import GenerateSettings, generate
+from inlay.evaluate import GenerateSettings, generate, option_scores
 from inlay.evaluate.rows import pick
 from tests.evaluate.tiny import CONFIGS, EOS, PLAN, PROMPTS, host, tokenizer
 
@@ -111,6 +113,50 @@ def test_stops_at_a_text_and_cuts_it(tok, beams):
             assert stop in tok.decode(g.tokens) and stop not in tok.decode(g.tokens[:-1])
         if beams == 1:
             assert g.text == was.text.split(stop)[0] and (g.finished == "stop") == (stop in was.text)
+
+
+def special(tok, more="<|turn|>"):
+    """The tokenizer with a special token in place of a letter's, so that bases say it."""
+    own = copy.deepcopy(tok)
+    own.add_special_tokens({"additional_special_tokens": [more]})
+    return own, own.convert_tokens_to_ids(more)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_special_token_as_a_stop_text_ends_at_the_token(tok, beams):
+    own, turn = special(tok)
+    worn = host("llama", vocabulary=260)
+    free = generate(worn, tok, PROMPTS[:4], None, GenerateSettings(max_new_tokens=16, beams=beams))
+    letter, head = free[1].tokens[5], worn.model.get_output_embeddings().weight
+    with torch.no_grad():  # the token is said wherever the letter was
+        head[turn] = head[letter] * (1.01 if beams == 1 else 1.5)
+    want = [g.tokens[: g.tokens.index(letter)] if letter in g.tokens else g.tokens for g in free]
+    settings = dict(max_new_tokens=16, beams=beams, stop=("<|turn|>", "never said"))
+    made = generate(worn, own, PROMPTS[:4], None, GenerateSettings(batch_size=4, **settings))
+    assert made == generate(worn, own, PROMPTS[:4], None, GenerateSettings(batch_size=1, **settings))
+    assert any(g.finished == "stop" for g in made)
+    for i, g in enumerate(made):
+        assert (g.finished == "stop") == (turn in g.tokens) and turn not in g.tokens[:-1]
+        if beams == 1:
+            assert g.text == tok.decode(want[i]) and (g.finished == "stop") == (len(want[i]) < len(free[i].tokens))
+
+
+def test_a_stop_text_with_a_special_token_inside_is_refused(tok):
+    own, _ = special(tok)
+    for stop in ("a<|turn|>", "</s>\n", "<|turn|></s>"):
+        with pytest.raises(InlayError, match="special token .* besides other text.*give the token alone"):
+            generate(host("llama"), own, ["a"], None, GenerateSettings(stop=("x", stop)))
+
+
+def test_ids_that_the_base_does_not_have_are_told(tok):
+    worn = host("gpt2")
+    for ids in ([5, 259], [-1]):
+        with pytest.raises(InlayError, match=f"prompt 1 has the token id {ids[-1]}; this base's are 0 to 258"):
+            generate(worn, tok, ["a", ids])
+        with pytest.raises(InlayError, match=f"prompt 1 has the token id {ids[-1]}"):
+            option_scores(worn, tok, ["a", ids], [["b"], ["b"]])
+        with pytest.raises(InlayError, match=f"prompt 0, option 1 has the token id {ids[-1]}"):
+            option_scores(worn, tok, ["a"], [["b", ids]])
 
 
 def test_a_stop_text_in_the_prompt_is_no_stop(tok):

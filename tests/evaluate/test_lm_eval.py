@@ -175,15 +175,34 @@ def test_penalties_of_a_base_are_the_harness_business(worn, tok):
     own.repetition_penalty = None
 
 
-def test_a_special_token_as_a_stop_text_is_the_harness_business(worn, tok):
-    """Texts come without special tokens, so no slot would stop there; an end token ends by itself."""
+def test_stop_texts_with_special_tokens(worn, tok):
+    """A special token ends a slot; one besides other text is the harness's business, as our texts come without it."""
     from inlay.evaluate.lm_eval import InlayLM
 
     more = copy.deepcopy(tok)
     more.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     model = InlayLM(worn, more)
     assert model._settings({"until": ["x", "</s>"], "max_gen_toks": 9}) is not None
-    assert model._settings({"until": ["x", "<|turn|>"], "max_gen_toks": 9}) is None
+    assert model._settings({"until": ["x", "<|turn|>"], "max_gen_toks": 9}).stop == ("x", "<|turn|>", "</s>")
+    assert model._settings({"until": ["x", "a<|turn|>"], "max_gen_toks": 9}) is None
+
+
+def test_a_special_token_ends_as_the_harness_ends_it(tok):
+    from inlay.evaluate.lm_eval import InlayLM
+
+    more, model = copy.deepcopy(tok), base("llama", positions=128, vocabulary=260)
+    more.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    asked = requests("generate_until", *((p, {"until": ["<|turn|>"], "max_gen_toks": 20}) for p in ("ab", "Snow is")))
+    theirs = hf.HFLM(pretrained=model, tokenizer=more, batch_size=1)
+    free = theirs.generate_until(asked)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[259] = head[tok(free[0][4])["input_ids"][0]] * 1.01
+    want = theirs.generate_until(asked)
+    assert want[0] == free[0].split(free[0][4])[0]
+    ours = InlayLM(inlay.attach(model), more, batch_size=8)
+    ours._model_generate = None
+    assert ours.generate_until(asked) == want
 
 
 def test_virtual_tokens_in_the_harness(worn, tok, tasks):

@@ -47,10 +47,12 @@ def tokenizer(**settings):
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", **{**marks, **settings})
 
 
-def base(family: str, positions: int = 128, seed: int = 0):
+def base(family: str, positions: int = 128, seed: int = 0, vocabulary: int | None = None):
     """A random model, its weights large enough that texts differ and no two tokens tie."""
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[family](positions)).eval()
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p)) if p.dim() == 1 else p.data.normal_(std=0.25)
     with torch.no_grad():  # it speaks printable ASCII, mostly
@@ -58,9 +60,9 @@ def base(family: str, positions: int = 128, seed: int = 0):
     return model
 
 
-def host(family: str, positions: int = 128):
+def host(family: str, positions: int = 128, vocabulary: int | None = None):
     """A host that wears `lora`, `series`, `prefix` and `prompt`, all of them felt."""
-    made = inlay.attach(base(family, positions))
+    made = inlay.attach(base(family, positions, vocabulary=vocabulary))
     small = {"lora": {"rank": 4}, "series": {"size": 8}, "prefix": {"tokens": 3}, "prompt": {"tokens": 2}}
     for name, settings in small.items():
         method = inlay.method(name)

@@ -41,6 +41,26 @@ def want(reference):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_special_token_as_a_stop_text(served, stream):
+    asked = {"model": "base", "prompt": "Why?", "max_tokens": 12, "temperature": 0, "stream": stream}
+    free = served.client().completions.create(**asked | {"stream": False}).choices[0].text
+    head = served.batcher._running.host.model.get_output_embeddings().weight
+    was, own = head[257].clone(), head[tokenizer()(free[4])["input_ids"][0]]
+
+    def says(row):
+        with torch.no_grad():
+            head[257] = row
+
+    served.batcher.call(lambda: says(own * 1.01)).result()
+    try:
+        got = served.client().completions.create(**asked, stop="<s>")
+        parts = [c.choices[0] for c in got] if stream else [got.choices[0]]
+    finally:
+        served.batcher.call(lambda: says(was)).result()
+    assert "".join(p.text for p in parts) == free.split(free[4])[0] and parts[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_mixed_requests_say_what_each_says_alone(served, want, mode, stream):
     async def one(client, prompt, name):

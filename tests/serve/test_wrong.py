@@ -53,6 +53,8 @@ def unharmed(request):
         ("completions", TEXT | {"temperature": "hot"}, 400, "temperature"),
         ("completions", TEXT | {"top_p": 0}, 400, "top_p"),
         ("completions", TEXT | {"stop": [""]}, 400, "stop.0"),
+        ("completions", TEXT | {"stop": "a</s>"}, 400, "stop"),
+        ("chat/completions", CHAT | {"stop": ["x", "</s>\n"]}, 400, "stop"),
         ("completions", TEXT | {"timeout": 0}, 400, "timeout"),
         ("completions", TEXT | {"best_of": 3}, 400, None),
         ("completions", TEXT | {"suffix": "!"}, 400, "suffix"),

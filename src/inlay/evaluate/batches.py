@@ -42,6 +42,14 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     return found
 
 
+def in_vocabulary(host: Host, rows: Sequence[Sequence[int]], what: str = "prompt") -> None:
+    """Raises InlayError for ids that the base has no embedding of."""
+    size = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    for i, row in enumerate(rows):
+        if strange := [t for t in row if not 0 <= t < size]:
+            raise InlayError(f"{what} {i} has the token id {strange[0]}; this base's are 0 to {size - 1}")
+
+
 def row_plans(host: Host, plan: Plan, rows: int) -> list[Worn]:
     """What each row wears; raises InlayError for unknown adapters and a list that is not one entry a prompt."""
     if plan is None or isinstance(plan, str):

@@ -13,8 +13,31 @@ from torch import Tensor
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.evaluate import slots
-from inlay.evaluate.batches import Plan, Prompt, pad_id, padded, prompt_ids, quiet, room, row_plans, turns, wear
-from inlay.evaluate.rows import GenerateSettings, Generation, Row, end_ids, finish, pick, row_limit, row_seeds, said
+from inlay.evaluate.batches import (
+    Plan,
+    Prompt,
+    in_vocabulary,
+    pad_id,
+    padded,
+    prompt_ids,
+    quiet,
+    room,
+    row_plans,
+    turns,
+    wear,
+)
+from inlay.evaluate.rows import (
+    GenerateSettings,
+    Generation,
+    Row,
+    end_ids,
+    finish,
+    pick,
+    row_limit,
+    row_seeds,
+    said,
+    stop_ids,
+)
 from inlay.evaluate.running import Running, sharing
 
 
@@ -37,8 +60,11 @@ def generate(
             prompt with the same adapter came before.
         limits: most new tokens of each prompt, where that is less than `max_new_tokens`.
 
+    A stop text that is one special token of the tokenizer ends a row at that token (`finished` is `stop`).
+
     A prompt that leaves less room in the base's context than `max_new_tokens` gets the room there is (`finished` is
-    then `length`); one that leaves none is an InlayError.
+    then `length`); one that leaves none is an InlayError, and so are ids that the base does not have and stop texts
+    that hold a special token besides other text.
     """
     found: list[Generation | None] = [None] * len(prompts)
     for done, _ in generate_each(host, tokenizer, prompts, plan, settings, seeds, limits):
@@ -59,15 +85,16 @@ def generate_each(
     """As `generate`, as rows are done: ({prompt's index: generation}, seconds since the last ones)."""
     settings = settings or GenerateSettings()
     ids, plans = prompt_ids(tokenizer, prompts), row_plans(host, plan, len(prompts))
+    in_vocabulary(host, ids)
     seeds = list(seeds) if seeds is not None else row_seeds(settings.seed, ids, plans)
     if len(seeds) != len(ids):
         raise InlayError(f"{len(seeds)} seeds for {len(ids)} prompts")
     asked = list(limits) if limits is not None else [settings.max_new_tokens] * len(ids)
     if len(asked) != len(ids) or any(n < 1 for n in asked):
         raise InlayError(f"{len(asked)} limits for {len(ids)} prompts: give one each, at least 1")
-    first = turns(plans)
+    first, stops = turns(plans), stop_ids(tokenizer, settings.stop)
     rows = [
-        Row(i, row, worn, seed, row_limit(host, i, row, worn, min(n, settings.max_new_tokens)), settings)
+        Row(i, row, worn, seed, row_limit(host, i, row, worn, min(n, settings.max_new_tokens)), settings, stops=stops)
         for i, (row, worn, seed, n) in enumerate(zip(ids, plans, seeds, asked, strict=True))
     ]
     rows.sort(key=lambda r: (first[r.worn], -len(r.ids), r.index))
@@ -115,8 +142,8 @@ def _in_batches(host: Host, tokenizer: Any, rows: list[Row], settings: GenerateS
 def _batch(host: Host, tokenizer: Any, rows: Sequence[Row], limit: int, settings: GenerateSettings) -> list[Generation]:
     ids, mask = padded([r.ids for r in rows], pad_id(tokenizer), host.device, "left")
     wide = ids.shape[1]
-    ends = end_ids(host, tokenizer)
-    with _plain_config(host, ends, pad_id(tokenizer)):
+    ends, stops = end_ids(host, tokenizer), rows[0].stops
+    with _plain_config(host, [*ends, *stops], pad_id(tokenizer)):
         out = host.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
@@ -127,7 +154,7 @@ def _batch(host: Host, tokenizer: Any, rows: Sequence[Row], limit: int, settings
             logits_processor=[_sampler(rows, wide, settings)] if settings.temperature else None,
             stopping_criteria=[_stopper(tokenizer, settings.stop, wide)] if settings.stop else None,
         )
-    return [finish(row, tokenizer, ends, settings.stop) for row in out[:, wide:].tolist()]
+    return [finish(row, tokenizer, ends, settings.stop, stops) for row in out[:, wide:].tolist()]
 
 
 @contextlib.contextmanager

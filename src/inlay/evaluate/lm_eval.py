@@ -8,7 +8,6 @@ every other flag is the harness's own. (Its `lm_eval` command looks for no plug-
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +140,18 @@ class InlayLM(HFLM):
         until = handle_stop_sequences(kwargs.pop("until", None), eos=self._end)
         most = int(kwargs.pop("max_gen_toks"))
         greedy = not kwargs.pop("do_sample", False) and not kwargs.pop("temperature", 0.0)
-        if not greedy or kwargs or self._unsaid(until) or not self._plain() or not slots.serves(self.host):
+        if (
+            not greedy
+            or kwargs
+            or rows.mixed(until, rows.specials(self.tokenizer))
+            or not self._plain()
+            or not slots.serves(self.host)
+        ):
             return None
         if self.max_length <= most:
             raise InlayError(f"max_gen_toks {most} leaves no room in the base's context of {self.max_length}")
         size = self.batch_size if isinstance(self.batch_size, int) else SLOTS
         return GenerateSettings(max_new_tokens=most, stop=tuple(filter(None, until)), batch_size=size)
-
-    def _unsaid(self, until: Sequence[str]) -> bool:
-        """Whether a stop text holds a special token that ends nothing by itself: our texts do not show it."""
-        tokenizer, ends = self.tokenizer, rows.end_ids(self.host, self.tokenizer)
-        ids = [i for stop in until if stop for i in tokenizer(stop, add_special_tokens=False)["input_ids"]]
-        return any(i not in ends and tokenizer.decode([i]) and not rows.said(tokenizer, [i]) for i in ids)
 
     def _texts(self, requests: list[Any], settings: GenerateSettings, disable_tqdm: bool) -> list[str]:
         longest = self.max_length - settings.max_new_tokens

@@ -17,6 +17,7 @@ from inlay.evaluate.batches import (
     Plan,
     Prompt,
     context,
+    in_vocabulary,
     pad_id,
     padded,
     prompt_ids,
@@ -93,6 +94,9 @@ def option_scores_each(
     heads, plans = prompt_ids(tokenizer, prompts), row_plans(host, plan, len(prompts))
     tails = [[_option_ids(tokenizer, o) for o in own] for own in options]
     _check(host, heads, tails, plans)
+    in_vocabulary(host, heads)
+    for i, own in enumerate(tails):
+        in_vocabulary(host, own, f"prompt {i}, option")
 
     def done(group: Sequence[int], totals: Sequence[Sequence[float]]) -> dict[int, list[float]]:
         return {

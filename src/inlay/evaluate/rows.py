@@ -6,7 +6,7 @@ import bisect
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class GenerateSettings:
     seed: int = 0
     """Seed of sampling. Each prompt draws from its own stream, made from this and the prompt."""
     stop: tuple[str, ...] = ()
-    """Texts that end a generation; they are cut off with all that follows."""
+    """Texts that end a generation; they are cut off with all that follows. A special token ends it as a token."""
     batch_size: int = 16
     """Rows computed at a time: speed and memory, never the result (in float32; half precision rounds by shape)."""
 
@@ -103,6 +103,8 @@ class Row:
     how: GenerateSettings = field(default_factory=GenerateSettings)
     likeliest: int | None = None
     """How many of the likeliest tokens are noted beside each token's log-probability; None: neither."""
+    stops: tuple[int, ...] = ()
+    """Special tokens that `how.stop` names: they end this row (`stop_ids`)."""
     tokens: list[int] = field(default_factory=list)
     scores: list[Scored] = field(default_factory=list)
     done: bool = False
@@ -126,6 +128,7 @@ class Row:
         self.tokens.append(token)
         self.done = (
             token in ends
+            or token in self.stops
             or len(self.tokens) == self.limit
             or (bool(self.how.stop) and any(s in said(tokenizer, self.tokens[-self._tail :]) for s in self.how.stop))
         )
@@ -162,14 +165,47 @@ def end_ids(host: Host, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
-def finish(tokens: list[int], tokenizer: Any, ends: list[int], stop: tuple[str, ...]) -> Generation:
-    """The text that these tokens make, without whatever begins at a stop text."""
-    end = next((i for i, t in enumerate(tokens) if t in ends), None)
+def stop_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the stop texts that are one special token each: no text shows them, so they are looked for as tokens.
+
+    Raises InlayError for a stop text that holds one besides other text, which neither way would find.
+    """
+    if not stop:
+        return ()
+    special = specials(tokenizer)
+    if torn := mixed(stop, special):
+        text, token = torn
+        raise InlayError(
+            f"the stop text {text!r} holds the special token {token!r} besides other text, and generated texts come "
+            "without special tokens; give the token alone, or text without it"
+        )
+    return tuple(special[s] for s in stop if s in special)
+
+
+def mixed(stop: Sequence[str], special: Iterable[str]) -> tuple[str, str] | None:
+    """A stop text that holds a special token besides other text, and that token."""
+    return next(((s, t) for s in stop if s not in special for t in special if t in s), None)
+
+
+def specials(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that decoding leaves out, by their texts."""
+    added = {str(t): i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {text: i for text, i in [*added.items(), *named] if text}
+
+
+def finish(
+    tokens: list[int], tokenizer: Any, ends: Sequence[int], stop: tuple[str, ...], stops: Sequence[int] = ()
+) -> Generation:
+    """The text that these tokens make, without whatever begins at a stop text or a token of `stops`."""
+    end = next((i for i, t in enumerate(tokens) if t in ends or t in stops), None)
     spoken = tokens if end is None else tokens[:end]
     text = said(tokenizer, spoken)
     cuts = [at for s in stop if (at := text.find(s)) >= 0]
     if not cuts:
-        return Generation(text, tokens if end is None else tokens[: end + 1], "length" if end is None else "eos")
+        if end is None:
+            return Generation(text, tokens, "length")
+        return Generation(text, tokens[: end + 1], "eos" if tokens[end] in ends else "stop")
     hit = bisect.bisect_left(
         range(1, len(spoken) + 1), True, key=lambda n: any(s in said(tokenizer, spoken[:n]) for s in stop)
     )

@@ -129,7 +129,7 @@ class Running:
 
     def result(self, row: Row) -> Generation:
         """What a row that is done has said."""
-        return finish(row.tokens, self.tokenizer, self.ends, row.how.stop)
+        return finish(row.tokens, self.tokenizer, self.ends, row.how.stop, row.stops)
 
     def _free(self) -> list[int]:
         """Slots for the rows that begin now."""

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from inlay.evaluate.rows import Row, row_seeds
+from inlay.core.errors import InlayError
+from inlay.evaluate.rows import Row, row_seeds, stop_ids
 from inlay.library.bank import Bank, Lease
 from inlay.serve.batcher import Batcher, Event, Job
 from inlay.serve.errors import Refused
@@ -88,10 +89,14 @@ class Service:
             raise Refused(f"{len(ids)} rows in one request are more than this server takes", 400, "too_many", "n")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         seeds = row_seeds(seed, ids, [lease.worn] * len(ids))
+        try:
+            stops = stop_ids(self.texts.tokenizer, asked.stop)
+        except InlayError as e:
+            raise Refused(str(e), 400, "invalid_stop", "stop") from e
         rows = []
         for i, (own, drawn) in enumerate(zip(ids, seeds, strict=True)):
             limit = self.batcher.limit(own, lease, asked.most)
-            rows.append(Row(i, own, lease.worn, drawn, limit, asked.settings(limit), asked.likeliest))
+            rows.append(Row(i, own, lease.worn, drawn, limit, asked.settings(limit), asked.likeliest, stops))
         return rows
 
 
