@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from inlay.engine.memory import kept
 PEFT = "PEFT + Trainer"
 LIMIT = "its matrix products alone, at the rate measured here"
 BATCH = 8
+KINDS = ("math", "commonsense", "alpaca")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Asked:
 
     rounds: int
     steps: int
-    size: str
+    sizes: tuple[str, ...]
+    """Of `train` and `series`; the other workloads take the first."""
     threads: int
     data: Path | None
     quick: bool
@@ -51,22 +54,20 @@ class Asked:
     kinds: tuple[str, ...]
     dtypes: tuple[str, ...]
 
+    @property
+    def size(self) -> str:
+        """The one base of workloads that take one."""
+        return self.sizes[0]
+
 
 def train(asked: Asked) -> Iterator[Result]:
-    """Time of optimizer steps; by default on a small model as well."""
-    for size in (asked.size, "small") if asked.size == "60M" else (asked.size,):
-        yield from _train(replace(asked, size=size))
-
-
-def _train(asked: Asked) -> Iterator[Result]:
-    for dtype in asked.dtypes:
-        for method in asked.methods:
-            for kind in asked.kinds if method == "lora" else asked.kinds[:1]:
-                examples = rows(kind, BATCH * (asked.steps + 1), llama(asked.size).config.vocab_size)
-                with tempfile.TemporaryDirectory() as folder:
-                    ours, peer = pair(asked.size, examples, method, dtype, BATCH, Path(folder) / "a")
-                    told = agree(ours, peer, 2, 1e-4 if dtype == "fp32" else 1e-3)
-                yield _steps(f"train {method} {kind} {asked.size} {dtype}", ours, peer, examples, PEFT, told, asked)
+    """Time of optimizer steps: every size, dtype, method and kind that is asked for."""
+    for size, dtype, method, kind in product(asked.sizes, asked.dtypes, asked.methods, asked.kinds):
+        examples = rows(kind, BATCH * (asked.steps + 1), llama(size, device="meta").config.vocab_size)
+        with tempfile.TemporaryDirectory() as folder:
+            ours, peer = pair(size, examples, method, dtype, BATCH, Path(folder) / "a")
+            told = agree(ours, peer, 2, 1e-4 if dtype == "fp32" else 1e-3)
+        yield _steps(f"train {method} {kind} {size} {dtype}", ours, peer, examples, PEFT, told, asked)
 
 
 def series(asked: Asked) -> Iterator[Result]:
@@ -74,10 +75,10 @@ def series(asked: Asked) -> Iterator[Result]:
     if not adapterhub.PYTHON.exists():
         print("series needs `make bench-peers`: skipped", file=sys.stderr)
         return
-    for kind in asked.kinds:
-        count, name = BATCH * (asked.steps + 1), f"train series {kind} {asked.size} fp32"
+    for size, kind in product(asked.sizes, asked.kinds):
+        count, name = BATCH * (asked.steps + 1), f"train series {kind} {size} fp32"
         with tempfile.TemporaryDirectory() as folder:
-            ours, peer = adapterhub.sides(asked.size, kind, count, Path(folder), asked.threads)
+            ours, peer = adapterhub.sides(size, kind, count, Path(folder), asked.threads)
             try:
                 versions = ", ".join(f"{k} {v}" for k, v in peer.versions.items())
                 told = f"{agree(ours, peer, 2, 1e-4)}; the peer runs on {versions}"
@@ -284,33 +285,44 @@ WORKLOADS = {
 }
 
 
-def main() -> None:
+def of(given: argparse.Namespace) -> Asked:
+    """What was asked for; --quick leaves little of it."""
+    lists = (tuple(given.methods), tuple(given.kinds), tuple(given.dtypes))
+    if given.quick:
+        return Asked(1, 1, ("tiny",), given.threads, given.data, True, 8, *lists)
+    sizes = (given.size,) if given.size else ("60M", "small")
+    return Asked(given.rounds, given.steps, sizes, given.threads, given.data, False, given.count, *lists)
+
+
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all by default")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a round")
-    parser.add_argument("--size", default="60M", help="base: small, 60M, 7B")
+    parser.add_argument("--size", help="base: small, 60M, 7B; by default 60M, for train and series small as well")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, help="real test files")
     parser.add_argument("--count", type=int, default=40, help="questions, or prompts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--kinds", nargs="+", default=["math", "commonsense", "alpaca"])
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument(
         "--default-products", action="store_true", help="ours keeps to PyTorch's default library too (float32, AMD)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round, nothing recorded")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     if unknown := set(given.workloads) - set(WORKLOADS):
         parser.error(f"unknown workload {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
+    return given
+
+
+def main() -> None:
+    given = parsed()
     torch.set_num_threads(given.threads)
-    number, steps, size = (1, 1, "tiny") if given.quick else (given.rounds, given.steps, given.size)
-    lists = (tuple(given.methods), tuple(given.kinds), tuple(given.dtypes))
-    asked = Asked(number, steps, size, given.threads, given.data, given.quick, given.count, *lists)
-    if given.quick:
-        asked = Asked(number, steps, size, given.threads, given.data, True, 8, ("lora", "prefix"), *lists[1:])
+    asked = of(given)
     if given.default_products:
         bound.default_products()
     command = "python -m benchmarks " + " ".join("DATA" if a == str(given.data) else a for a in sys.argv[1:])

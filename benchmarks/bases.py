@@ -12,7 +12,7 @@ SIZES = {
     "7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "32-layer": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=4),
     "60M-blocks": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
-    "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
 }
 VOCABULARY = {"60M-blocks": 200, "tiny": 200, "32-layer": 200}
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

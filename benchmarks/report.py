@@ -40,8 +40,8 @@ def by_processor(results: list[dict]) -> dict[str, list[dict]]:
 
 def table(results: list[dict]) -> str:
     """Every result, one row each; a row recorded before Inlay's state was has none."""
-    columns = ("workload", "peer", "ours", "peer's", "ratio (range over rounds)", "by CPU time", "rounds", "others' load",
-               "Inlay", "notes")  # fmt: skip
+    first = ("workload", "peer", "ours", "peer's", "ratio (range over rounds)")
+    columns = (*first, "by CPU time", "rounds", "others' load", "Inlay", "notes")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in results:
         ratio = f"{r['ratio']:.2f} {'×' if r['metric'] == 'times faster' else 'of it'} ({r['low']:.2f}–{r['high']:.2f})"

@@ -56,61 +56,81 @@ class Peer:
 
     def steps(self, number: int) -> tuple[list[float], list[Took]]:
         """(losses, time) of so many optimizer steps from the first example on."""
-        from torch.utils.data import SequentialSampler
-        from transformers import Trainer, TrainerCallback, TrainingArguments
-
         losses: list[float] = []
         took: list[Took] = []
-        began = clock()
-
-        class Clock(TrainerCallback):
-            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                nonlocal began
-                began = clock()
-
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                took.append(began.since())
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-                if "loss" in logs:
-                    losses.append(float(logs["loss"]))
-
-        class InOrder(Trainer):
-            def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-                return SequentialSampler(self.train_dataset)
-
-        def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-            wide = max(len(r["input_ids"]) for r in rows)
-            pad = [wide - len(r["input_ids"]) for r in rows]
-            return {
-                "input_ids": torch.tensor([r["input_ids"] + [0] * n for r, n in zip(rows, pad, strict=True)]),
-                "attention_mask": torch.tensor(
-                    [[1] * len(r["input_ids"]) + [0] * n for r, n in zip(rows, pad, strict=True)]
-                ),
-                "labels": torch.tensor([r["labels"] + [-100] * n for r, n in zip(rows, pad, strict=True)]),
-            }
-
+        data: Any = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = TrainingArguments(
-                folder,
-                max_steps=number,
-                per_device_train_batch_size=self.size,
-                learning_rate=LR,
-                lr_scheduler_type="constant",
-                logging_steps=1,
-                logging_nan_inf_filter=False,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=next(self.model.parameters()).device.type == "cpu",
-                dataloader_pin_memory=False,
-                remove_unused_columns=False,
-                **self.arguments,
-            )
-            data: Any = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
-            InOrder(model=self.model, args=args, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()
+            in_order(
+                model=self.model,
+                args=self._arguments(folder, number),
+                train_dataset=data,
+                data_collator=collate,
+                callbacks=[watching(losses, took)],
+            ).train()
         return losses, took
+
+    def _arguments(self, folder: str, steps: int) -> Any:
+        from transformers import TrainingArguments
+
+        return TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=self.size,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=next(self.model.parameters()).device.type == "cpu",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            **self.arguments,
+        )
+
+
+def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest."""
+    wide = max(len(r["input_ids"]) for r in rows)
+
+    def padded(name: str, by: int) -> torch.Tensor:
+        return torch.tensor([r[name] + [by] * (wide - len(r[name])) for r in rows])
+
+    seen = torch.tensor([[1] * len(r["input_ids"]) + [0] * (wide - len(r["input_ids"])) for r in rows])
+    return {"input_ids": padded("input_ids", 0), "attention_mask": seen, "labels": padded("labels", -100)}
+
+
+# transformers' Trainer is imported only by who trains with it: what it takes is no memory of ours (`benchmarks.child`).
+def in_order(**arguments: Any) -> Any:
+    """A Trainer that takes its examples in the order of the data."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    return InOrder(**arguments)
+
+
+def watching(losses: list[float], took: list[Took]) -> Any:
+    """A callback that writes the loss and the time of every step into these."""
+    from transformers import TrainerCallback
+
+    class Watching(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = clock()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            took.append(self.began.since())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    return Watching()
 
 
 class Ours:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks import bound, report
 from benchmarks.bases import llama
 from benchmarks.harness import FASTER, SHARE, Took, Watch, clock, compare, faster, record, rounds, state, total
 from benchmarks.lengths import BATCH, FILE, Pair, padding, rows, typical
-from benchmarks.train import Ours, agree, alike, batches, pair, turn
+from benchmarks.train import METHODS, Ours, agree, alike, batches, pair, turn
 
 
 def test_the_ratio_is_the_median_of_the_rounds_and_not_the_ratio_of_medians():
@@ -106,12 +107,41 @@ def test_rows_have_the_lengths_of_the_file():
     ]
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
+@pytest.mark.parametrize("method", METHODS)
 def test_both_sides_compute_the_same_losses(method, tmp_path):
     examples = rows("math", 16, 200)
     ours, peer = pair("tiny", examples, method, "fp32", 8, tmp_path / "a")
     agree(ours, peer, 2, 1e-5)
     assert turn(ours, 1)().wall > 0
+
+
+def trained(monkeypatch, *words):
+    """Names of what `train` times, and of what `series` times, when that is asked."""
+    from benchmarks import __main__ as command
+
+    names = []
+    monkeypatch.setattr(command, "pair", lambda *a, **k: (None, None))
+    monkeypatch.setattr(command, "agree", lambda *a: "")
+    monkeypatch.setattr(command, "_steps", lambda name, *a: names.append(name))
+    monkeypatch.setattr(command.adapterhub, "PYTHON", FILE)
+    monkeypatch.setattr(command.adapterhub, "sides", lambda *a: (Namespace(examples=[]), PEER))
+    asked = command.of(command.parsed(["train", "series", *words]))
+    list(command.train(asked)), list(command.series(asked))
+    return names
+
+
+PEER = Namespace(versions={}, close=lambda: None)
+
+
+def test_training_is_timed_on_every_kind_size_and_method_unless_a_part_is_asked_for(monkeypatch):
+    kinds, sizes = ("math", "commonsense", "alpaca"), ("60M", "small")
+    want = {f"train {m} {k} {s} {d}" for m in METHODS for k in kinds for s in sizes for d in ("fp32", "bf16")}
+    want |= {f"train series {k} {s} fp32" for k in kinds for s in sizes}
+    names = trained(monkeypatch)
+    assert len(names) == len(want) == 42 and set(names) == want
+    part = trained(monkeypatch, *"--methods road --kinds math alpaca --dtypes bf16 --size small".split())
+    assert part == ["train road math small bf16", "train road alpaca small bf16",
+                    "train series math small fp32", "train series alpaca small fp32"]  # fmt: skip
 
 
 def test_losses_that_differ_stop_a_benchmark():
