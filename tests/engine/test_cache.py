@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+
 import pytest
 import torch
 
 import inlay
 from inlay.core.errors import InlayError
-from inlay.engine.cache import Cache, file, files, lowest
+from inlay.engine.cache import Cache, dropped, file, files, lowest
 from inlay.train import fit
 from inlay.train.ways import Packed
 from tests.engine.test_packed import ROWS, gradients
 from tests.laws.zoo import base, excite, small
-from tests.train.tiny import copy, rows, same, settings, wearing
+from tests.train.tiny import Row, copy, rows, same, settings, wearing
 
 
 @pytest.mark.parametrize("where", ["ram", "disk"])
@@ -76,6 +79,43 @@ def test_refused(tmp_path):
     host = inlay.attach(base("gpt2")).add("a", small("lora"), at="o@1", seed=0)
     with pytest.raises(InlayError, match="drops activations"):
         Cache(host, "a", ROWS, "ram")
+
+
+@pytest.mark.parametrize("family, owner, name", [("opt", "decoder", "layerdrop"), ("mixtral", "mlp", "jitter_noise")])
+def test_blocks_left_out_and_noisy_routers_are_refused(family, owner, name):
+    host = inlay.attach(base(family)).add("a", small("lora"), at="o@1", seed=0)
+    for m in host.model.modules():
+        for key, value in vars(m).items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(m, key, 0.0)
+    host.model.config.attention_dropout = 0.0
+    assert not dropped(host.model)
+    (found, *_) = (m for n, m in host.model.named_modules() if n.endswith(owner) and hasattr(m, name))
+    setattr(found, name, 0.25)
+    with pytest.raises(InlayError, match=rf"drops activations or adds noise while it trains \({name} 0.25\)"):
+        Cache(host, "a", ROWS, "ram")
+
+
+def test_the_disk_is_taken_when_the_cache_is_opened(tmp_path):
+    """Not page by page: a full disk would then be a SIGBUS in the middle of a run."""
+    host = inlay.attach(base("llama")).add("a", small("lora"), at="o@1", seed=0)
+    many = [Row([5] * 2000, [5] * 2000)]
+    made = Cache(host, "a", many, file(tmp_path))
+    assert all(512 * p.stat().st_blocks >= p.stat().st_size for p in tmp_path.iterdir())
+    assert file(tmp_path).stat().st_size == made.bytes == 2000 * host.hidden * 4
+    made.data[:] = 1.0
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (made.bytes // 2, was[1]))
+    try:
+        with pytest.raises(
+            InlayError, match="cached activations need .* bytes at .*activations.bin: .*leave the cache"
+        ):
+            Cache(host, "a", many, file(tmp_path / "new"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert not list((tmp_path / "new").iterdir())
+    assert Cache(host, "a", many, file(tmp_path)).data.eq(1).all()
 
 
 def test_no_room_is_said_before_training(monkeypatch, tmp_path):

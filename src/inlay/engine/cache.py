@@ -10,7 +10,9 @@ process that asks for the same thing, and made anew for any other. Each process 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,8 @@ from inlay.engine.linear import forwards
 from inlay.engine.memory import available
 
 FILE = "activations.bin"
+DRAWN = ("dropout", "layerdrop", "jitter")
+"""In the names of what modules draw random numbers for."""
 
 
 def file(folder: Path, rank: int = 0, size: int = 1) -> Path:
@@ -183,10 +187,31 @@ def _opened(path: Path, mine: str, size: int, rows: int, dtype: torch.dtype) -> 
     if not about.exists() or about.read_text(encoding="utf-8") != mine:
         for old in (about, sums, path):
             old.unlink(missing_ok=True)
-    made = torch.from_file(str(path), shared=True, size=max(1, size), dtype=dtype)[:size]  # no file is empty
+    for file, numbers in ((path, max(1, size) * dtype.itemsize), (sums, rows * 8)):  # no file is empty
+        _reserve(file, numbers)
+    made = torch.from_file(str(path), shared=True, size=max(1, size), dtype=dtype)[:size]
     checks = torch.from_file(str(sums), shared=True, size=rows, dtype=torch.int64)
     write_text(about, mine)
     return made, checks
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Take these bytes of the disk now: a page of a mapped file that finds no room later is a SIGBUS, not an error.
+    What the file holds stays."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    new = not path.exists()
+    with open(path, "ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as e:
+            if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+                return
+            if new:
+                path.unlink(missing_ok=True)
+            raise InlayError(
+                f"cached activations need {size:,} bytes at {path}: {e.strerror}; leave the cache off"
+            ) from e
 
 
 def _count(path: Path) -> str:
@@ -203,15 +228,18 @@ def refused(host: Host, below: int) -> str:
     """Why nothing can be cached; empty if something can."""
     if not below:
         return "the adapter reaches down to the first block (or has virtual tokens); hang it higher, e.g. 'q,v@last4'"
-    if share := _dropped(host.model):
-        return f"the base drops activations while it trains ({share}); leave the cache off, or set that to 0"
+    if share := dropped(host.model):
+        return (
+            f"the base drops activations or adds noise while it trains ({share}); leave the cache off, or set that to 0"
+        )
     return ""
 
 
-def _dropped(model: nn.Module) -> str:
-    """What share of activations forwards drop, by a module or by a function (OPT, BLOOM, Falcon); empty for none."""
+def dropped(model: nn.Module) -> str:
+    """What share of activations forwards drop while they train, by a module or by a function (OPT, BLOOM, Falcon), of
+    blocks they leave out (OPT's `layerdrop`), or what noise routers add (Mixtral's `jitter_noise`); empty for none."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     held = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
-    held += [(k, v) for m in model.modules() for k, v in vars(m).items() if "dropout" in k]
+    held += [(k, v) for m in model.modules() for k, v in vars(m).items() if any(word in k for word in DRAWN)]
     held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]
     return next((f"{k} {v:g}" for k, v in held if isinstance(v, float) and v > 0), "")
