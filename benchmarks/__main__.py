@@ -26,8 +26,9 @@ from benchmarks import mix as mixing
 from benchmarks.bases import llama
 from benchmarks.choice import Choice
 from benchmarks.generate import Generation
-from benchmarks.harness import FASTER, SHARE, Result, Watch, compare, faster, machine, peak, record, rounds, state
+from benchmarks.harness import SHARE, Result, Watch, compare, faster, machine, peak, record, rounds, state
 from benchmarks.lengths import Row, about, rows
+from benchmarks.many import Many
 from benchmarks.train import METHODS, Ours, Peer, Side, agree, alike, batches, pair, turn
 from inlay.core.host import Host
 from inlay.engine.memory import kept
@@ -199,17 +200,9 @@ def hang(asked: Asked) -> Iterator[Result]:
     took = rounds({"ours": attach.ours, "peer": attach.peft, "bare": attach.bare}, asked.rounds)
     for peer, peer_is in (("peer", "PEFT get_peft_model"), ("bare", "a bare wrapper module")):
         yield faster("attach LoRA to 32 layers, 224 places", took["ours"], took[peer], peer_is)
-    for number in (3,) if asked.quick else (100, 1000):
-        found = attach.many(number, with_peft=number <= 100)
-        note = "; ".join(f"{k} {v} ms" for k, v in found.items())
-        if "PEFT: last load" in found:
-            for what in ("last load", "switch", "forward"):
-                both = [[found[f"{side}: {what}"]] for side in ("ours", "PEFT")]
-                yield compare(f"{number} adapters, 56 places: {what}", FASTER, *both, "ms", "PEFT", note)
-        else:
-            alone = [found["ours: last load"]], [found["ours: first load"]]
-            name = f"{number} adapters, 56 places: last load"
-            yield compare(name, SHARE, *alone, "ms", "its own first load", note)
+    size, numbers = ("tiny", (1, 3, 5)) if asked.quick else ("60M-blocks", (1, 100, 1000))
+    with tempfile.TemporaryDirectory() as folder:
+        yield from Many(size, numbers, asked.rounds, Path(folder)).results()
 
 
 def mix(asked: Asked) -> Iterator[Result]:
