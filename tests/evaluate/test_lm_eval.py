@@ -139,6 +139,21 @@ def test_the_engines_do_all_the_work(worn, bare, tok, tasks, size, monkeypatch):
     assert same(told(model, tasks), want)
 
 
+def test_auto_searches_for_no_batch_size_that_is_not_used(worn, bare, tok, tasks, monkeypatch):
+    from inlay.evaluate.lm_eval import InlayLM
+
+    want = told(hf.HFLM(pretrained=bare, tokenizer=tok, batch_size=2), tasks)
+    model = InlayLM(worn, tok, batch_size="auto")
+    with monkeypatch.context() as m:
+        m.setattr(model, "_detect_batch_size", None)
+        assert same(told(model, tasks), want)
+    assert model.batch_size == "auto"
+    monkeypatch.setattr("inlay.evaluate.tree.serves", lambda *_: False)
+    searched = []
+    monkeypatch.setattr(model, "_detect_batch_size", lambda *_: searched.append(1) or 2)
+    assert same(told(model, tasks), want) and searched
+
+
 def requests(kind, *args):
     return [harness.api.instance.Instance(kind, {}, a, i) for i, a in enumerate(args)]
 

@@ -116,6 +116,17 @@ class InlayLM(HFLM):
                     bar.update()
         return found
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows. Forwards of trees have a size of their own, so `batch_size=auto`
+        searches for none: all windows are handed over at once."""
+        own = self.batch_size
+        if own == "auto" and self._plain() and tree.serves(self.host, [[0]], [[[0] * self.max_length]]):
+            self.batch_size_per_gpu = sys.maxsize
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = own
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of the requests, in their order."""
         found: list[str] = [""] * len(requests)
