@@ -29,7 +29,7 @@ from benchmarks.generate import Generation
 from benchmarks.harness import SHARE, Result, Watch, compare, faster, machine, peak, record, rounds, state
 from benchmarks.lengths import Row, about, rows
 from benchmarks.many import Many
-from benchmarks.train import METHODS, Ours, Peer, Side, agree, alike, batches, pair, turn
+from benchmarks.train import METHODS, Ours, Peer, Side, agree, pair, turn
 from inlay.core.host import Host
 from inlay.engine.memory import kept
 
@@ -115,27 +115,14 @@ def upper(asked: Asked) -> Iterator[Result]:
 
 
 def gpu(asked: Asked) -> Iterator[Result]:
-    """Training on a GPU: time, memory, share of the measured rate of matrix products."""
-    if not torch.cuda.is_available():
+    """Training on a GPU: time, tokens a second, memory, model-FLOPs utilisation. --quick does without one."""
+    if not torch.cuda.is_available() and not asked.quick:
         print("gpu needs CUDA: skipped", file=sys.stderr)
         return
-    config = llama(asked.size, "bf16", "meta").config
-    examples = rows("alpaca", BATCH * (asked.steps + 1), config.vocab_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples = rows("alpaca", BATCH * (asked.steps + 1), llama(asked.size, device="meta").config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        sides = on_gpu.sides(asked.size, examples, BATCH, "cuda", Path(folder) / "a")
-    losses = {name: side.steps(2)[0] for name, side in sides.items()}
-    told = {name: alike(losses["ours"], losses[name], 1e-3) for name in sides if name != "ours"}
-    took = rounds({name: turn(side, asked.steps) for name, side in sides.items()}, asked.rounds)
-    peaks = {name: side.peaks[-asked.rounds :] for name, side in sides.items()}
-    rates = bound.gemm("bf16", config, "cuda")
-    cut = batches(examples[BATCH:], BATCH)
-    least = [bound.work(config, cut) / max(rates.values())] * asked.rounds
-    name = f"gpu train lora alpaca {asked.size} bf16"
-    for peer, note in told.items():
-        yield faster(name, took["ours"], took[peer], peer, f"{about(examples[BATCH:], BATCH)}; {note}")
-        yield compare(f"{name}, memory", SHARE, peaks["ours"], peaks[peer], "MiB", peer)
-    walls = [t.wall for t in took["ours"]]
-    yield compare(f"{name}, cost", SHARE, walls, least, "s", LIMIT, bound.told(rates))
+        yield from on_gpu.measure(asked.size, examples, BATCH, asked.rounds, device, Path(folder))
 
 
 def memory(asked: Asked) -> Iterator[Result]:
