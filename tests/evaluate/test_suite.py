@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -136,10 +137,53 @@ def test_goes_on_after_a_kill(worn, tok, tmp_path):
     assert suite(worn, tok, ("good",), ("siqa",), out=part).cells[0].accuracy == 100
     assert (part / "generations.jsonl").stat().st_size == size  # nothing was generated again
     grown = suite(worn, tok, ("prefix",), ("siqa",), out=part)
-    assert set(grown.settings["adapters"]) == {"base", "good", "some", "prefix"}
+    assert set(grown.settings["adapters"]) == {"prefix"}
     (part / "generations.jsonl").write_bytes(b"{}\n" + kept)
     with pytest.raises(InlayError, match="line 1 is damaged"):
         suite(worn, tok, out=part)
+
+
+def test_a_folder_reports_all_its_calls(worn, tok, tmp_path):
+    """Tables and comparisons are those of one call for everything; what no call has finished is not in them."""
+    whole = suite(worn, tok, ("good", "some"), out=tmp_path / "whole")
+    part = tmp_path / "part"
+    suite(worn, tok, ("good",), ("svamp",), out=part)
+    suite(worn, tok, ("good",), ("siqa",), out=part)
+    last = suite(worn, tok, ("some",), ("siqa",), out=part)
+    assert [(c.adapter, c.dataset) for c in last.cells] == [("some", "social_i_qa")]
+    saved = json.loads((part / "report.json").read_text())
+    assert {(c["adapter"], c["dataset"]) for c in saved["cells"]} == {
+        ("good", "SVAMP"), ("good", "social_i_qa"), ("some", "social_i_qa")
+    }  # fmt: skip
+    assert saved["average"] == {"good": 100.0}, "an average over fewer tasks is another number"
+    only = whole.compare("good", "some")["social_i_qa"]
+    assert saved["comparisons"] == [{"first": "good", "second": "some", "dataset": "social_i_qa", **asdict(only)}]
+    text = (part / "report.md").read_text()
+    assert "| good | 100.0 | 100.0 | 100.0 |" in text and "| some |  | 100.0 |  |" in text
+    suite(worn, tok, ("some",), ("svamp",), out=part)
+    both = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "part")]
+    for report in both:
+        for cell in report["cells"]:
+            cell.pop("seconds")
+        report["cells"].sort(key=lambda c: (c["adapter"], c["dataset"]))
+        report["comparisons"].sort(key=lambda c: c["dataset"])
+    assert both[0]["comparisons"] == both[1]["comparisons"] and len(both[0]["comparisons"]) == 3
+    assert both[0] == both[1] and both[0]["settings"]["datasets"].keys() == {"social_i_qa", "SVAMP"}
+    lines = (part / "generations.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"adapter": "some", "dataset": "SVAMP"' not in line]
+    (part / "generations.jsonl").write_text("".join(kept))
+    suite(worn, tok, ("good",), ("siqa",), out=part)
+    assert len(json.loads((part / "report.json").read_text())["cells"]) == 3, "whose answers are gone is gone"
+    (part / "report.json").write_text("{")
+    with pytest.raises(InlayError, match="report.json is damaged.*delete it"):
+        suite(worn, tok, ("good",), ("siqa",), out=part)
+
+
+def test_a_report_names_its_base_by_a_digest(worn, tok, tmp_path):
+    suite(worn, tok, ("some",), ("svamp",), out=tmp_path)
+    saved, kept = (json.loads((tmp_path / n).read_text()) for n in ("report.json", "settings.json"))
+    assert len(saved["settings"]["base"]) == 16 and kept["base"]["values"]
+    assert f'"base": "{saved["settings"]["base"]}"' in (tmp_path / "report.md").read_text()
 
 
 def test_sampled_runs_go_on_alike(worn, tok, tmp_path):

@@ -70,6 +70,10 @@ class Log:
         """The rows of one cell, in the records' order."""
         return [self.rows[adapter, dataset, i] for i in indices]
 
+    def cell(self, adapter: str, dataset: str) -> list[dict[str, Any]]:
+        """Whatever is there of one cell."""
+        return [row for (a, d, _), row in self.rows.items() if (a, d) == (adapter, dataset)]
+
 
 def adapter_digest(host: Host, worn: Iterable[str]) -> str:
     """Tells adapters apart by their settings, places and tensors."""

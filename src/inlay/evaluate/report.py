@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inlay.core.errors import unknown
+from inlay.core.errors import InlayError, unknown
 from inlay.core.files import write_text
 from inlay.evaluate.stats import Paired, paired
 
@@ -42,6 +43,20 @@ class Cell:
     """Compute time; a mixed batch's is shared out evenly among its rows."""
 
 
+REPORT = "report.json"
+
+
+def saved_cells(folder: Path | None) -> list[Cell]:
+    """The cells of the report in a folder, if there is one."""
+    path = folder / REPORT if folder else None
+    if path is None or not path.exists():
+        return []
+    try:
+        return [Cell(**cell) for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InlayError(f"{path} is damaged ({e!r}); delete it: what is asked for next is put there again") from e
+
+
 @dataclass(frozen=True)
 class Report:
     """The result of `evaluate`."""
@@ -70,16 +85,22 @@ class Report:
         return found
 
     def average(self, adapter: str) -> float:
-        """Mean accuracy over the tasks, each weighing the same, as published tables have it."""
+        """Mean accuracy over the tasks it was scored on, each weighing the same, as published tables have it."""
         own = [c.accuracy for c in self.cells if c.adapter == adapter]
         return sum(own) / len(own)
 
+    def whole(self, adapter: str) -> bool:
+        """Whether it was scored on every task of the report: averages of others are of other tasks."""
+        return all((adapter, d) in self.right for d in self.datasets)
+
     def compare(self, first: str, second: str, seed: int = 0) -> dict[str, Paired]:
-        """Two adapters on the same items: per data set, and over all items as `all` if there are several sets."""
+        """Two adapters on the same items: per data set that both were scored on, and over all items of these as `all`
+        if there are several."""
         for name in (first, second):
             if name not in self.adapters:
                 raise unknown("adapter in this report", name, self.adapters)
-        pairs = {d: (self.right[first, d], self.right[second, d]) for d in self.datasets}
+        common = [d for d in self.datasets if (first, d) in self.right and (second, d) in self.right]
+        pairs = {d: (self.right[first, d], self.right[second, d]) for d in common}
         sides = {d: ([a[i] for i in a], [b[i] for i in a]) for d, (a, b) in pairs.items()}
         if len(sides) > 1:
             sides["all"] = tuple(list(itertools.chain(*(s[i] for s in sides.values()))) for i in (0, 1))  # type: ignore[assignment]
@@ -88,9 +109,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: settings, cells, averages and comparisons."""
         return {
-            "settings": dict(self.settings),
+            "settings": _shown(self.settings),
             "cells": [asdict(c) for c in self.cells],
-            "average": {a: self.average(a) for a in self.adapters},
+            "average": {a: self.average(a) for a in self.adapters if self.whole(a)},
             "comparisons": [
                 {"first": a, "second": b, "dataset": d, **asdict(p)}
                 for a, b in itertools.combinations(self.adapters, 2)
@@ -102,13 +123,13 @@ class Report:
         """Accuracies, the details of each cell, comparisons and settings."""
         parts = [_matrix(self)] if len(self.datasets) > 1 else []
         parts += [_details(self), _comparisons(self)] if len(self.adapters) > 1 else [_details(self)]
-        made = json.dumps(dict(self.settings), indent=1, ensure_ascii=False)
+        made = json.dumps(_shown(self.settings), indent=1, ensure_ascii=False)
         return "\n\n".join([*parts, f"Settings\n\n```json\n{made}\n```"]) + "\n"
 
     def save(self, folder: str | Path) -> None:
         """Write `report.json` and `report.md`."""
         plain = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        write_text(Path(folder) / "report.json", plain)
+        write_text(Path(folder) / REPORT, plain)
         write_text(Path(folder) / "report.md", self.markdown())
 
     def table(self) -> Table:
@@ -127,14 +148,21 @@ class Report:
         return out
 
 
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a reader wants them: the base's fingerprint is some sixty numbers, which `settings.json` has."""
+    base = json.dumps(settings["base"], sort_keys=True).encode()
+    return {**settings, "base": hashlib.sha256(base).hexdigest()[:16]}
+
+
 def _grid(head: list[str], rows: list[list[str]], left: int) -> str:
     rule = ["---" if i < left else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def _matrix(report: Report) -> str:
+    said = {(c.adapter, c.dataset): f"{c.accuracy:.1f}" for c in report.cells}
     rows = [
-        [a, *(f"{report.cell(a, d).accuracy:.1f}" for d in report.datasets), f"{report.average(a):.1f}"]
+        [a, *(said.get((a, d), "") for d in report.datasets), f"{report.average(a):.1f}" if report.whole(a) else ""]
         for a in report.adapters
     ]
     return _grid(["accuracy, %", *report.datasets, "average"], rows, 1)

@@ -19,7 +19,7 @@ from inlay.evaluate.batches import context, room
 from inlay.evaluate.decode import generate_each
 from inlay.evaluate.log import Log, adapter_digest, settle
 from inlay.evaluate.options import NORMALISE, Normalise, option_scores_each
-from inlay.evaluate.report import Cell, Report
+from inlay.evaluate.report import Cell, Report, saved_cells
 from inlay.evaluate.rows import GenerateSettings
 from inlay.tasks import TASKS, Record, Task, encode_answer, encode_prompt, load
 from inlay.tasks import get as get_task
@@ -124,15 +124,19 @@ def evaluate(
         normalise: of option scores, see `option_scores`.
         mixed: all adapters of a task in the same batches; otherwise one after another. The results are the same.
         out: folder for `generations.jsonl`, `settings.json`, `report.json`, `report.md`. A run that finds generations
-            made with the same settings goes on from them; made with others, it is an InlayError.
+            made with the same settings goes on from them; made with others, it is an InlayError. The report in the
+            folder also has what earlier calls were asked for.
         progress: show a bar.
+
+    Returns what this call was asked for.
     """
-    if how not in ("generate", "options"):
-        raise unknown("way to evaluate", how, ("generate", "options"))
-    if option_form not in ("answer", "text"):
-        raise unknown("option form", option_form, ("answer", "text"))
-    if normalise not in NORMALISE:
-        raise unknown("normalisation", normalise, NORMALISE)
+    for what, value, known in (
+        ("way to evaluate", how, ("generate", "options")),
+        ("option form", option_form, ("answer", "text")),
+        ("normalisation", normalise, NORMALISE),
+    ):
+        if value not in known:
+            raise unknown(what, value, known)
     chosen, rules, folder = expand(tasks), get_protocol(protocol), Path(out) if out is not None else None
     wearers = _wearers(host, adapters)
     reserve = max(room(host, worn) for worn in wearers.values())
@@ -142,8 +146,8 @@ def evaluate(
         benches.append(_bench(host, tokenizer, task, own, rules, how, reserve, decoding or {}, batch_size))
     options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
     about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
-    settings = settle(folder, about | _made_by(host, benches, wearers, how))
-    log = Log(folder)
+    about |= _made_by(host, benches, wearers, how)
+    settings, earlier, log = settle(folder, about), saved_cells(folder), Log(folder)
     with bar(progress) as shown:
         run = _Run(
             host=host,
@@ -160,9 +164,9 @@ def evaluate(
         )
         for bench in benches:
             _answer(run, bench)
-    report = _report(benches, wearers, rules, log, settings)
+    report = _report(benches, wearers, rules, log, about)
     if folder:
-        report.save(folder)
+        _with_earlier(earlier, report, benches, rules, log, settings).save(folder)
     return report
 
 
@@ -316,6 +320,34 @@ def _chosen(run: _Run, bench: _Bench, rows: list[tuple[str, _Item]]) -> Made:
 def statement(task: Task, option: str) -> str:
     """How training says that this option is the answer."""
     return f"The answer is ({option})" if task.kind == "letter" else f"the correct answer is {option}"
+
+
+def _right(rows: Sequence[Mapping[str, Any]], task: Task, protocol: Protocol) -> dict[int, bool]:
+    return {p.index: p.correct for p in score(rows, task, protocol).predictions}
+
+
+def _with_earlier(
+    earlier: Sequence[Cell],
+    report: Report,
+    benches: Sequence[_Bench],
+    protocol: Protocol,
+    log: Log,
+    settings: Mapping[str, Any],
+) -> Report:
+    """A report with what earlier calls found, too, where their answers are still there: the settings were the same, or
+    this call would have been refused."""
+    tasks = TASKS | {b.task.name: b.task for b in benches}
+    cells, right = {}, dict(report.right)
+    for cell in earlier:
+        key = cell.adapter, cell.dataset
+        rows = log.cell(*key)
+        if key in right or (len(rows) == cell.n and cell.dataset in tasks):
+            cells[key] = cell
+            right.setdefault(key, _right(rows, tasks[cell.dataset], protocol))
+    cells |= {(c.adapter, c.dataset): c for c in report.cells}
+    shown = {"adapters": {a for a, _ in cells}, "datasets": {d for _, d in cells}}
+    named = {k: {n: v for n, v in settings[k].items() if n in names} for k, names in shown.items()}
+    return Report(tuple(cells.values()), {**settings, **named}, right)
 
 
 def _report(
