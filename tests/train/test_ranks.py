@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,8 @@ def test_cached_activations_on_disk_outlive_a_stop(tmp_path, parallel):
 def test_a_rank_without_room_for_its_activations_stops_all(tmp_path):
     own, changes = {"at": "q,up@last1"}, {"parallel": "fsdp", "cache_activations": "disk"}
     said = launch(2, train, tmp_path, "lora", own, changes, 11, False, no_room)
-    assert ASTRAY in said[0] and "bytes (and " in said[1] and "in other processes of this machine), 10 are" in said[1]
+    told = r"need [\d,]+ bytes \(and [\d,]+ in other processes of this machine\), [\d,]+ are free"
+    assert ASTRAY in said[0] and re.search(told, said[1])
 
 
 def test_shares_are_even_and_whole():

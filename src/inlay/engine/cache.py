@@ -168,11 +168,12 @@ def _claim(own: int, beside: int, where: Path | Literal["ram"]) -> None:
 
 
 def _held(folder: Path) -> int:
-    """Bytes of the disk that a stopped run's files take already, this process's and its neighbours'."""
+    """Bytes of numbers whose room is taken already, by a stopped run or a neighbour that was faster."""
     total = 0
-    for path in files(folder):
+    for path in (p for p in files(folder) if p.suffix == ".bin"):
         with contextlib.suppress(FileNotFoundError):  # a neighbour has just removed it
-            total += 512 * getattr(path.stat(), "st_blocks", 0)
+            found = path.stat()
+            total += min(found.st_size, 512 * getattr(found, "st_blocks", 0))  # the last page is not all numbers
     return total
 
 
@@ -241,5 +242,6 @@ def dropped(model: nn.Module) -> str:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     held = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
     held += [(k, v) for m in model.modules() for k, v in vars(m).items() if any(word in k for word in DRAWN)]
+    held += [(k, x) for k, v in held if isinstance(v, dict) for x in v.values()]  # PEFT's, by adapter
     held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]
     return next((f"{k} {v:g}" for k, v in held if isinstance(v, float) and v > 0), "")
