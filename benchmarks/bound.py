@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.bases import llama
 from benchmarks.harness import Took, clock
-from benchmarks.lengths import Row, rows
+from benchmarks.lengths import Row, computed, rows
 from benchmarks.train import batches
 from inlay.engine.pack import budget
 from inlay.train.ways import Packed, Plain, Way
@@ -86,9 +86,10 @@ def told(rates: Mapping[str, float]) -> str:
 
 def work(config: Any, cut: Sequence[Sequence[Row]]) -> float:
     """FLOP that no step on a frozen LLaMA can avoid: forward and gradient of the input, 4 per linear weight and token;
-    the head where a token is learned. Attention's own products are left out, so the floor is a little low."""
+    the head where a token is learned. What the examples of a batch begin with alike counts once. Attention's own
+    products are left out, so the floor is a little low."""
     d, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    tokens = sum(len(r.input_ids) for batch in cut for r in batch)
+    tokens = sum(computed(batch) for batch in cut)
     learned = sum(label != -100 for batch in cut for r in batch for label in r.labels[1:])
     return 4.0 * layers * (4 * d * d + 3 * d * m) * tokens + 4.0 * d * config.vocab_size * learned
 

@@ -14,7 +14,7 @@ import inlay
 from benchmarks import bound, report
 from benchmarks.bases import llama
 from benchmarks.harness import FASTER, SHARE, Took, Watch, clock, compare, faster, record, rounds, state, total
-from benchmarks.lengths import BATCH, FILE, Pair, padding, rows, typical
+from benchmarks.lengths import BATCH, FILE, padding, rows, typical
 from benchmarks.train import METHODS, Ours, agree, alike, batches, pair, turn
 
 
@@ -93,18 +93,31 @@ def test_the_state_is_the_commit_marked_where_files_differ_and_the_version_witho
 
 @pytest.mark.parametrize("kind", ["math", "commonsense", "alpaca"])
 def test_the_batches_that_are_timed_are_padded_like_the_data(kind):
-    pairs: list[Pair] = [tuple(p) for p in json.loads(FILE.read_text())[kind]]
-    whole = padding(pairs)
+    measures = json.loads(FILE.read_text())[kind]["rows"]
+    whole = padding(measures)
     for count in (2, 4, 8):
-        assert padding(pairs[: count * BATCH]) == pytest.approx(whole, rel=0.02)
-    assert sorted(typical(pairs)) == sorted(pairs)
+        assert padding(measures[: count * BATCH]) == pytest.approx(whole, rel=0.02)
+    assert sorted(typical(measures)) == sorted(measures)
 
 
 def test_rows_have_the_lengths_of_the_file():
     made = rows("math", 16, 200)
     assert [(sum(x == -100 for x in r.labels), sum(x != -100 for x in r.labels)) for r in made] == [
-        tuple(p) for p in json.loads(FILE.read_text())["math"][:16]
+        tuple(measure[:2]) for measure in json.loads(FILE.read_text())["math"]["rows"][:16]
     ]
+
+
+def test_rows_begin_as_the_files_do():
+    """LLM-Adapters' template, and within it the words that all questions of a data set share."""
+    made, held = rows("commonsense", 16, 200), json.loads(FILE.read_text())["commonsense"]
+    first = held["beginnings"][0]
+    assert len({tuple(r.input_ids[:first]) for r in made}) == 1
+    for (_, _, begins), r in zip(held["rows"], made, strict=False):
+        own = first + held["beginnings"][begins[1]]
+        assert r.labels[: own + 1] == [-100] * (own + 1)
+        assert sum(o.input_ids[:own] == r.input_ids[:own] for o in made) == sum(
+            b[2] == begins for b in held["rows"][:16]
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -121,6 +121,11 @@ class Edit:
         """Whether the host must say where prompts end."""
         return self.positional and not self.room
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn while it trains (dropout): alike tokens may then be treated differently."""
+        return bool(getattr(self, "dropout", 0.0))
+
     def tokenised(self, tokenizer: Any) -> Edit:
         """The same edit, settings given as text turned into ids; whoever has a tokenizer calls it before `add`."""
         return self

@@ -108,24 +108,29 @@ def attention(
     sizes, pieces = _cuts(layout)
     q, k, v = (t.transpose(1, 2).flatten(0, 1).split(sizes) for t in (query, key, value))
     work = functools.partial(_path, layout, scaling=scaling, dropout=dropout, softcap=softcap, window=sliding_window)
+    skips = softcap is None and not _recomputes(query)
     said: list[Tensor] = []
     for own in pieces:
         here = slice(len(said), len(said) + (1 if own is None else len(own.sizes)))
-        said += v[here] if own is None else _answers(own, q[here], k[here], v[here], work)
+        said += v[here] if own is None else _answers(own, q[here], k[here], v[here], work, skips)
     return torch.cat(said).view(R, W, H, -1)
 
 
 def _answers(
-    own: Family, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], work: Callable[..., Tensor]
+    own: Family, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], work: Callable[..., Tensor], skips: bool
 ) -> list[Tensor]:
     """What the sequences of a family are told, from what each asks and offers (T, H, D). Sequences that continue one
-    another attend as the one that they are; what several of these share asks once."""
+    another attend as the one that they are; what several of these share asks once.
+
+    Args:
+        skips: whether attention that is plainly causal skips what is not seen, half of the work: asking again behind a
+            short beginning then costs less than a mask.
+    """
     told: dict[int, Tensor] = {}
     for path, known in own.paths:
         behind, ask = sum(own.sizes[i] for i in path[:known]), path[known:]
         fresh = [own.sizes[i] for i in ask]
-        # A plainly causal kernel skips half of its work: asking again costs less than a mask does.
-        again = behind if behind <= sum(fresh) else 0
+        again = behind if skips and behind <= sum(fresh) else 0
         out = work(_joined(q, path if again else ask), _joined(k, path), _joined(v, path))
         told |= zip(ask, out[again:].split(fresh), strict=True)
     return [told[i] for i in range(len(own.sizes))]
@@ -151,7 +156,7 @@ def _path(
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     if softcap is not None:
         out = capped(q, k, v, _seen(layout, T, near, q.device)[T - L :], scaling, softcap, dropout)
-    elif dropout == 0 and _short(k):
+    elif dropout == 0 and _recomputes(k) and T <= SHORT:
         out = Recomputed.apply(q, k, v, _bias(layout, T, near, q)[T - L :], scaling or q.shape[-1] ** -0.5)
     else:
         plain = near is None and L == T
@@ -187,8 +192,8 @@ class Recomputed(torch.autograd.Function):
         return torch.bmm(ds, k).mul_(ctx.s), torch.bmm(ds.mT, qs), torch.bmm(p.mT, g), None, None
 
 
-def _short(k: Tensor) -> bool:
-    return k.device.type == "cpu" and k.dtype.itemsize == 2 and k.shape[1] <= SHORT
+def _recomputes(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.dtype.itemsize == 2
 
 
 def _bias(layout: Layout, T: int, near: int | None, like: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def dropped(model: nn.Module) -> str:
     """What share of activations forwards drop while they train, by a module or by a function (OPT, BLOOM, Falcon), of
     blocks they leave out (OPT's `layerdrop`), or what noise routers add (Mixtral's `jitter_noise`); empty for none."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    held = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
+    held: list[tuple[str, Any]] = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
     held += [(k, v) for m in model.modules() for k, v in vars(m).items() if any(word in k for word in DRAWN)]
     held += [(k, x) for k, v in held if isinstance(v, dict) for x in v.values()]  # PEFT's, by adapter
     held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]

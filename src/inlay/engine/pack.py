@@ -83,7 +83,7 @@ def pack(
             scored.append(before if t == 0 else at + t - 1)  # type: ignore[arg-type]
             target.append(label)
     scored_N, target_N = (torch.tensor(t, dtype=torch.long, device=host.device) for t in (scored, target))
-    if parents is None:  # a parent's last token may be scored more than once
+    if len(set(scored)) == len(scored):  # a parent's last token may be scored more than once
         layout = replace(layout, read_N=scored_N)
     return Pack(inputs, layout, scored_N, target_N, sum(map(len, ids)))
 
@@ -124,6 +124,11 @@ def twice_biased(model: Any) -> bool:
     return bool(getattr(model.config, "alibi", False))
 
 
-def packs(examples: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Examples in groups of at most `budget` tokens (a longer one alone), each the content of one pack."""
-    return [[examples[i] for i in own] for own in rows_of([len(e.input_ids) for e in examples], budget)]
+def packs(examples: Sequence[Example], budget: int, shared: int = 0) -> list[list[Example]]:
+    """Examples in groups of at most `budget` tokens (a longer one alone), each the content of one pack.
+
+    Args:
+        shared: tokens that all of them begin with, and that a pack holds once.
+    """
+    lengths = [len(e.input_ids) - shared for e in examples]
+    return [[examples[i] for i in own] for own in rows_of(lengths, max(1, budget - shared))]

@@ -33,6 +33,7 @@ from inlay.engine.head import hidden, loss_sum, refused
 from inlay.engine.linear import forwards
 from inlay.engine.loss import at_a_time
 from inlay.engine.pack import Pack, pack, rounding
+from inlay.engine.shared import beginning, laid
 from inlay.engine.steady import Steady
 
 SPARED = ("use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -196,7 +197,9 @@ class _Forward:
 
         Processes that hold parts of one model meet in its forwards: all of them are told those of the first.
         """
-        some = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if scored(labels[n])][:3]
+        learned = [n for n in sorted(range(len(ids)), key=lambda n: len(ids[n])) if scored(labels[n])]
+        twice = next((n for n in learned if beginning([ids[n]] * 2, [labels[n]] * 2)), None)
+        some = learned[:3] + ([] if twice is None else [twice, twice])
         few = [[ids[n] for n in some], [labels[n] for n in some]] if some else []
         if _sharded(self.host.model):
             told = [few]
@@ -240,7 +243,7 @@ class _Forward:
         """What is wrong with a packed forward of these; empty if nothing is."""
         try:
             self.steady.clear()
-            got = float(loss_sum(self.host, pack(self.host, ids, labels)))
+            got = float(loss_sum(self.host, self._pack(ids, labels)))
         except Exception as e:  # as above
             return f"{type(e).__name__}: {e}"
         kind = self.host.device.type
@@ -248,9 +251,13 @@ class _Forward:
         near = abs(got - want) <= rounding(coarse) * abs(want)
         return "" if near else f"the loss would change from {want:.6g} to {got:.6g}"
 
+    def _pack(self, ids: list[list[int]], labels: list[list[int]]) -> Pack:
+        one = laid(self.host, ids, labels)
+        return pack(self.host, one.ids, one.labels, one.parents)
+
     def _packed(self, ids: list[list[int]], labels: list[list[int]], given: dict[str, Any]) -> Any:
         self.steady.clear()  # no step is announced here; a pack is at least as short
-        made = pack(self.host, ids, labels)
+        made = self._pack(ids, labels)
         count = given.get("num_items_in_batch")
         count = max(made.learned, 1) if count is None else count
         if not given.get("fused_lm_head"):

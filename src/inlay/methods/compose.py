@@ -49,6 +49,10 @@ class Composed(Edit):
     def prompted(self) -> bool:
         return any(e.prompted for e in self.edits)
 
+    @property
+    def draws(self) -> bool:
+        return any(e.draws for e in self.edits)
+
     def tokenised(self, tokenizer: Any) -> Edit:
         return replace(self, edits=tuple(e.tokenised(tokenizer) for e in self.edits))
 

@@ -37,6 +37,10 @@ class Gated(Edit):
     def positional(self) -> bool:  # type: ignore[override]
         return self.edit.positional
 
+    @property
+    def draws(self) -> bool:
+        return self.edit.draws
+
     def _inner(self, place: Place) -> Place:
         if self.edit.wirings and self.edit.wiring_of(place) == "input":
             raise InlayError(f"a gate stands behind an edit of a layer's output; {place.key!r} is edited at its input")

@@ -120,6 +120,9 @@ class RunSettings:
     pack_tokens: int | None = None
     """Tokens per forward of the packed engine. If not given: 768 on a CPU (1536 if the base is in 16 bits), 8192
     elsewhere."""
+    share_beginnings: bool = True
+    """Compute what the examples of a pack begin with (a prompt template, mostly) once for all of them: the same losses.
+    Not where dropout is drawn, with virtual tokens, or with cached activations."""
     cache_activations: Literal["off", "ram", "disk"] = "off"
     """Where adapters hang in upper blocks only: keep what the blocks below say of each example, in memory or in the
     run folder, and pass over those blocks from the second epoch on."""
@@ -182,13 +185,23 @@ class TrainSettings:
             raise InlayError(f"loggers {', '.join(r.loggers)}: 'none' excludes the others")
 
 
+FREE = (
+    *("loggers", "project", "progress", "save_every", "async_save", "keep_last", "device", "parallel"),
+    "cache_activations",
+)
+"""Of `run`: what may change when a run goes on. Where bits may then differ, its log says so."""
+
+
 def identity(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is learned: a run continues only under the same ones."""
     plain = to_plain(settings)
     plain.pop("out")
-    for name in ("loggers", "project", "progress", "save_every", "async_save", "keep_last", "device", "parallel"):
-        plain["run"].pop(name)
-    return plain
+    return bound(plain)
+
+
+def bound(plain: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings of a run that may change when it goes on."""
+    return {**plain, "run": {k: v for k, v in plain["run"].items() if k not in FREE}}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], under: str = "") -> list[str]:

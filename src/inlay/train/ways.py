@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inlay.core.host import Host
-from inlay.engine import head
+from inlay.engine import head, shared
 from inlay.engine.cache import Cache
 from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, Example, unlearned
@@ -111,10 +111,14 @@ class Plain:
 
 
 class Packed:
-    """Sequences side by side, up to `budget` tokens a forward; logits where a token is learned."""
+    """Sequences side by side, up to `budget` tokens a forward; logits where a token is learned.
 
-    def __init__(self, host: Host, pad: int, budget: int):
-        self.host, self.pad, self.budget = host, pad, budget
+    Args:
+        share: compute what examples begin with once for all of a pack, wherever that is the same.
+    """
+
+    def __init__(self, host: Host, pad: int, budget: int, share: bool = True):
+        self.host, self.pad, self.budget, self.share = host, pad, budget, share
         self.cache: Cache | None = None
         self.steady = Steady()
         self.narrow = True
@@ -123,7 +127,8 @@ class Packed:
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """As few packs as fit. A step begins here: tensors may have moved since the last."""
         self.steady.clear()
-        return packs(examples, self.budget)
+        alike = shared.beginning(*_listed(examples)) if self.share and self.cache is None else 0
+        return packs(examples, self.budget, 0 if alike and shared.refused(self.host) else alike)
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """One packed forward."""
@@ -137,7 +142,12 @@ class Packed:
 
     @contextlib.contextmanager
     def _packed(self, rows: Sequence[Example]) -> Iterator[Pack]:
-        made = pack(self.host, [r.input_ids for r in rows], [r.labels for r in rows], filler=self.pad)
+        one = (
+            shared.laid(self.host, *_listed(rows))
+            if self.share and self.cache is None
+            else shared.whole(*_listed(rows))
+        )
+        made = pack(self.host, one.ids, one.labels, one.parents, self.pad)
         with self.cache.serving(rows, made.layout) if self.cache else contextlib.nullcontext():
             yield made
 
@@ -155,19 +165,27 @@ class Packed:
         return engaged(self.host, self.steady, narrow)
 
 
+def _listed(examples: Sequence[Example]) -> tuple[list[list[int]], list[list[int]]]:
+    """(ids, labels)."""
+    return [e.input_ids for e in examples], [e.labels for e in examples]
+
+
 def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: Sequence[Example]) -> tuple[Way, str]:
     """The way to train `name`, and what the user should know about the choice (mostly nothing)."""
     run = settings.run
     plain = Plain(host, pad, settings.optim.micro_batch)
     if run.engine == "plain":
         return plain, ""
-    packed = Packed(host, pad, run.pack_tokens or budget(host))
-    few = sorted(examples, key=lambda e: len(e.input_ids))[:3]
-    why = _refused(host, name, plain, packed, few)
-    if why:
-        packed.narrow = False
-        why = _refused(host, name, plain, packed, few)
-    return (plain, f"batches are padded, not packed: {why}") if why else (packed, "")
+    packed = Packed(host, pad, run.pack_tokens or budget(host), run.share_beginnings)
+    short = sorted(examples, key=lambda e: len(e.input_ids))
+    twice = next((e for e in short if shared.beginning(*_listed([e, e]))), None)
+    few = short[:3] + ([] if twice is None else [twice, twice])
+    why = ""
+    for share, narrow in dict.fromkeys(((packed.share, True), (False, True), (False, False))):
+        packed.share, packed.narrow = share, narrow
+        if not (why := _refused(host, name, plain, packed, few)):
+            return packed, ""
+    return plain, f"batches are padded, not packed: {why}"
 
 
 @torch.no_grad()
