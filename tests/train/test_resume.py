@@ -140,6 +140,44 @@ def test_nothing_to_go_on_from(tmp_path):
         fit(wearing(), "a", data, [], s, tmp_path, None, resume=tmp_path / "checkpoint-5")
 
 
+def test_a_cache_may_be_switched_off_and_on(tmp_path, capsys):
+    """It changes nothing that is learned, and a disk may be full; that bits may differ is said."""
+    data, s = rows(12), settings(tmp_path, steps=9, cache_activations="disk", keep_last=9)
+    whole = fit(host := wearing(at="q,v@1"), "a", data, [], s, tmp_path, None)
+    capsys.readouterr()
+    off = replace(s, run=replace(s.run, cache_activations="off"))
+    done = fit(again := wearing(at="q,v@1"), "a", data, [], off, tmp_path, None, resume=tmp_path / "checkpoint-2")
+    assert done.loss == pytest.approx(whole.loss, rel=1e-5)
+    for key, value in copy(host).items():
+        torch.testing.assert_close(copy(again)[key], value, rtol=1e-3, atol=1e-5)
+    assert "cache_activations: 'disk' before, 'off' now" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_decides_the_bits_is_refused_with_a_way_out(tmp_path):
+    s, data = settings(tmp_path, pack_tokens=64), rows(8)
+    fit(wearing(), "a", data, [], s, tmp_path, None)
+    for name, value in (("pack_tokens", 32), ("engine", "plain")):
+        other = replace(s, run=replace(s.run, **{name: value}))
+        with pytest.raises(InlayError, match=f"run.{name}: .* give these as before and resume to go on with it, over"):
+            fit(wearing(), "a", data, [], other, tmp_path, None, resume=True)
+        elsewhere = replace(other, out=tmp_path / "b")
+        with pytest.raises(InlayError, match=f"other settings: run.{name}: .*; give these as before to go on from it"):
+            fit(wearing(), "a", data, [], elsewhere, tmp_path / "b", None, resume=tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_other_files_is_said(tmp_path, capsys, resume):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".hidden").write_text("")
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=resume)
+    told = f"there was no run in {tmp_path} but notes.txt, photos: this one begins beside"
+    shown, kept = capsys.readouterr().err, (tmp_path / "log.txt").read_text()
+    assert (told in shown.replace("\n", " ")) and told in kept
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=True)
+    assert "no run in" not in capsys.readouterr().err
+
+
 def test_other_things_are_refused(tmp_path):
     s, data = settings(tmp_path), rows(8)
     fit(wearing(), "a", data, [], s, tmp_path, None)
@@ -238,21 +276,22 @@ def killed(run, *how):
 def test_killed_for_real(tmp_path, kills):
     """SIGKILL at random moments of a run that saves after every step; it still ends where an undisturbed one ends."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    draw, steps = random.Random(time.time()), []
+    seed = int(os.environ.get("INLAY_KILL_SEED", time.time_ns() % 2**32))
+    again, draw, steps = f"INLAY_KILL_SEED={seed} draws the same moments", random.Random(seed), []
     for _ in range(kills):
         before = max(checkpoint.steps(run), default=0)
         with killed(run):
             time.sleep(draw.uniform(0, 0.3 / kills))
         steps.append(max(checkpoint.steps(run)))
-        assert steps[-1] > before
-    assert steps[-1] < 80, "the run was through before it was killed"
+        assert steps[-1] > before, again
+    assert steps[-1] < 80, f"the run was through before it was killed; {again}"
     host = wearing(**KILLED)
     fit(host, "a", rows(30), rows(4, 1), killed_settings(run), run, None, resume=True)
     straight = wearing(**KILLED)
     s = killed_settings(whole)
     fit(straight, "a", rows(30), rows(4, 1), replace(s, run=replace(s.run, save_every=0)), whole, None)
-    assert same(copy(host), copy(straight)) and trace(run) == trace(whole)
-    assert not list(run.glob(".*.partial"))
+    assert same(copy(host), copy(straight)) and trace(run) == trace(whole), again
+    assert not list(run.glob(".*.partial")), again
 
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------

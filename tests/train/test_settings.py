@@ -110,7 +110,9 @@ def test_no_such_recipe(tmp_path):
 
 def test_identity_leaves_out_what_does_not_matter(tmp_path):
     a = TrainSettings(model="m", out=tmp_path / "a", run=RunSettings(loggers=("wandb",), save_every=3))
-    b = TrainSettings(model="m", out=tmp_path / "b", run=RunSettings(progress=False, keep_last=9))
+    b = TrainSettings(
+        model="m", out=tmp_path / "b", run=RunSettings(progress=False, keep_last=9, cache_activations="ram")
+    )
     c = TrainSettings(model="m", out=tmp_path / "b", optim=OptimSettings(lr=1.0))
     assert not differences(identity(a), identity(b)) and differences(identity(a), identity(c)) == [
         "optim.lr: 0.0003 before, 1.0 now"

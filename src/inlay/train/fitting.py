@@ -82,36 +82,52 @@ def fit(
     run_dir = Path(run_dir)
     _check(host, name, settings)
     train, val = usable(examples, "training"), usable(val_examples, "validation") if val_examples else []
-    pad = next((i for i in (getattr(tokenizer, a, None) for a in ("pad_token_id", "eos_token_id")) if i is not None), 0)
-    about = {
-        "train": record.counts(examples, train),
-        "validation": record.counts(val_examples, val) if val else None,
-        **(facts or {}),
-    }
+    about = _about(examples, train, val_examples, val, facts or {})
     digests = [part["sha256_of_tokens"] for part in (about["train"], about["validation"]) if part]
     data = "+".join(digests) + (objective.digest if objective else "")
     with joined() as team, contextlib.ExitStack() as stack:
         team.from_first(lambda: stack.enter_context(record.locked(run_dir)))
+        beside = team.from_first(lambda: record.beside(run_dir))
         found = team.from_first(lambda: record.start(run_dir, settings, resume, overwrite))
         team.same((data, settings.optim, settings.run, about["validation"]), "the data or the settings")
         seed_everything(settings.run.seed, team.rank)
-        loop = Loop(host, name, train, val, settings, pad, team, objective)
+        loop = Loop(host, name, train, val, settings, _pad(tokenizer), team, objective)
         if found is not None:
             loop.restore(found, data)
             if team.first:
                 checkpoint.forget(run_dir, loop.step)
         if team.first:
             record.write_json(run_dir / "data.json", about)
-        journal = Journal(run_dir, loop.step, settings.run.progress) if team.first else Mute()
+        journal = Journal(run_dir, loop.step) if team.first else Mute()
         stack.callback(journal.close)
         if team.first:
-            _announce(loop, journal, run_dir, found)
+            _announce(loop, journal, run_dir, found, beside)
         if (where := settings.run.cache_activations) != "off":
             keep = loop.way.remember
             journal.tell(keep(name, train, "ram" if where == "ram" else cache.file(run_dir), json.dumps(loop.base)))
         with training(host, name, settings.run.gradient_checkpointing), loop.active():
             _run(loop, run_dir, data, journal, stack, observers)
         return _finish(loop, run_dir, journal, about)
+
+
+def _about(
+    examples: Sequence[Example],
+    train: Sequence[Example],
+    val_examples: Sequence[Example],
+    val: Sequence[Example],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `data.json` says."""
+    return {
+        "train": record.counts(examples, train),
+        "validation": record.counts(val_examples, val) if val else None,
+        **facts,
+    }
+
+
+def _pad(tokenizer: Any) -> int:
+    known = (getattr(tokenizer, a, None) for a in ("pad_token_id", "eos_token_id"))
+    return next((i for i in known if i is not None), 0)
 
 
 def _check(host: Host, name: str, settings: TrainSettings) -> None:
@@ -126,16 +142,24 @@ def _check(host: Host, name: str, settings: TrainSettings) -> None:
         )
 
 
-def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Checkpoint | None) -> None:
-    changed = record.write_environment(run_dir, loop.host.device, loop.step, loop.team.size)
+def _announce(
+    loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Checkpoint | None, beside: Sequence[str]
+) -> None:
+    kept = loop.settings.run.cache_activations
+    changed = record.write_environment(
+        run_dir, loop.host.device, loop.step, ranks=loop.team.size, cache_activations=kept
+    )
     if found is None:
         journal.say(
             f"begin: {loop.host.count(loop.name):,} trained numbers, {loop.total} steps, {loop.feed.per_epoch} an epoch"
         )
     else:
         journal.say(f"go on from {found.path}, step {loop.step} of {loop.total}")
+    if beside:
+        more = ", ..." if len(beside) > 5 else ""
+        journal.tell(f"there was no run in {run_dir} but {', '.join(beside[:5])}{more}: this one begins beside them")
     if found is not None and changed:
-        journal.tell(f"this machine or software differs, so the result may, too: {'; '.join(changed)}")
+        journal.tell(f"what this session computes with differs, so the result may, too: {'; '.join(changed)}")
     for told in filter(None, (loop.asked, loop.notice)):
         journal.tell(told)
     if loop.schedule.get_last_lr()[0] < loop.settings.optim.lr and loop.settings.optim.warmup >= loop.total:
@@ -151,64 +175,89 @@ def _announce(loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Che
 def _run(
     loop: Loop, run_dir: Path, data: str, journal: Journal, stack: contextlib.ExitStack, observers: Sequence[Observer]
 ) -> None:
-    run = loop.settings.run
-    first_rank = loop.team.first
-    outlets = trackers(run_dir, loop.settings, loop.step) if first_rank else []
+    outlets = trackers(run_dir, loop.settings, loop.step) if loop.team.first else []
     for outlet in outlets:
         stack.callback(outlet.close)
-    bar = stack.enter_context(Bar(loop.total, loop.step, run.progress and first_rank))
+    bar = stack.enter_context(Bar(loop.total, loop.step, loop.settings.run.progress and loop.team.first))
     try:
         loop.objective.prepare(loop.survey)
         for observer in observers:
             observer.begin(loop, run_dir)
         while loop.step < loop.total:
-            loop.writer.check()
-            first = loop.unreached is None
-            for observer in observers:
-                observer.before_step(loop)
-            metrics = loop.advance()
-            for observer in observers:
-                metrics |= observer.after_step(loop)
-            if first and (missed := loop.unreached):
-                journal.tell(
-                    f"no gradient reached {len(missed)} of {len(loop.trained)} tensors in the first step: "
-                    + ", ".join(missed[:4])
-                )
-            last = loop.step == loop.total
-            better = False
-            if loop.val and (last or (run.eval_every and loop.step % run.eval_every == 0)):
-                metrics["val_loss"] = loop.validate()
-                better = loop.best is None or metrics["val_loss"] < loop.best[0]
-                loop.best = (metrics["val_loss"], loop.step) if better else loop.best
+            metrics = _step(loop, journal, observers)
+            better = _validate(loop, metrics)
             journal.write(metrics)
             for outlet in outlets:
                 outlet.log({k: v for k, v in metrics.items() if k != "step" and not isinstance(v, list)}, loop.step)
             bar.update(metrics)
-            if last or better and run.final == "best" or (run.save_every and loop.step % run.save_every == 0):
+            if _due(loop, better):
                 loop.save(run_dir, data)
         loop.writer.wait()
         loop.team.ready()
     except BaseException as e:
-        with contextlib.suppress(BaseException):  # `e` came first
-            loop.writer.wait()
-        loop.optimizer.zero_grad(set_to_none=True)
-        if isinstance(e, Exception) and not loop.unheard:
-            loop.team.fail()
-        with contextlib.suppress(OSError):  # the disk may be why it stopped
-            if isinstance(e, KeyboardInterrupt):
-                there = checkpoint.last_good(run_dir)
-                journal.tell(f"stopped after step {loop.step}. {there} To go on: --resume, or resume=True")
-            else:
-                journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
-        if isinstance(e, OSError):
-            raise InlayError(
-                f"cannot write to {run_dir}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume."
-            ) from e
-        if isinstance(e, Diverged):
-            raise Diverged(
-                f"{e}. {checkpoint.last_good(run_dir)} Try a lower lr, longer warm-up, or dtype bf16 or fp32."
-            ) from None
+        _stop(loop, run_dir, journal, e)
+        if (told := _told(run_dir, e)) is not None:
+            raise told from (None if isinstance(e, Diverged) else e)
         raise
+
+
+def _step(loop: Loop, journal: Journal, observers: Sequence[Observer]) -> dict[str, Any]:
+    """One step and its metrics."""
+    loop.writer.check()
+    first = loop.unreached is None
+    for observer in observers:
+        observer.before_step(loop)
+    metrics = loop.advance()
+    for observer in observers:
+        metrics |= observer.after_step(loop)
+    if first and (missed := loop.unreached):
+        journal.tell(
+            f"no gradient reached {len(missed)} of {len(loop.trained)} tensors in the first step: "
+            + ", ".join(missed[:4])
+        )
+    return metrics
+
+
+def _validate(loop: Loop, metrics: dict[str, Any]) -> bool:
+    """Validate where it is time to; whether no step was better."""
+    every = loop.settings.run.eval_every
+    if not loop.val or not (loop.step == loop.total or (every and loop.step % every == 0)):
+        return False
+    metrics["val_loss"] = loop.validate()
+    better = loop.best is None or metrics["val_loss"] < loop.best[0]
+    loop.best = (metrics["val_loss"], loop.step) if better else loop.best
+    return better
+
+
+def _due(loop: Loop, better: bool) -> bool:
+    """Whether this step gets a checkpoint."""
+    run = loop.settings.run
+    regular = run.save_every and loop.step % run.save_every == 0
+    return bool(loop.step == loop.total or (better and run.final == "best") or regular)
+
+
+def _stop(loop: Loop, run_dir: Path, journal: Journal, e: BaseException) -> None:
+    """Leave everything in order, and say why it stopped."""
+    with contextlib.suppress(BaseException):  # `e` came first
+        loop.writer.wait()
+    loop.optimizer.zero_grad(set_to_none=True)
+    if isinstance(e, Exception) and not loop.unheard:
+        loop.team.fail()
+    with contextlib.suppress(OSError):  # the disk may be why it stopped
+        if isinstance(e, KeyboardInterrupt):
+            there = checkpoint.last_good(run_dir)
+            journal.tell(f"stopped after step {loop.step}. {there} To go on: --resume, or resume=True")
+        else:
+            journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
+
+
+def _told(run_dir: Path, e: BaseException) -> InlayError | None:
+    """An error in words that say what to do, where it needs any."""
+    if isinstance(e, OSError):
+        return InlayError(f"cannot write to {run_dir}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume.")
+    if isinstance(e, Diverged):
+        return Diverged(f"{e}. {checkpoint.last_good(run_dir)} Try a lower lr, longer warm-up, or dtype bf16 or fp32.")
+    return None
 
 
 def _finish(loop: Loop, run_dir: Path, journal: Journal, facts: Mapping[str, Any]) -> RunResult:

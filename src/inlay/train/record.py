@@ -23,7 +23,7 @@ from inlay.engine.example import Example, learned
 from inlay.train import checkpoint
 from inlay.train.batches import digest
 from inlay.train.checkpoint import Checkpoint
-from inlay.train.settings import TrainSettings, differences, identity, read_recipe, to_yaml
+from inlay.train.settings import TrainSettings, bound, differences, identity, read_recipe, to_yaml
 
 OURS = (
     "settings.yaml",
@@ -64,8 +64,10 @@ def start(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
     if overwrite or not _begun(run_dir):
         _wipe(run_dir)
     found = _latest(run_dir, resume)
-    if found is not None and (changed := differences(found.about["settings"], identity(settings))):
-        raise InlayError(f"{found.path} was made under other settings: {'; '.join(changed)}")
+    if found is not None and (changed := differences(bound(found.about["settings"]), identity(settings))):
+        raise InlayError(
+            f"{found.path} was made under other settings: {'; '.join(changed)}; give these as before to go on from it"
+        )
     write_text(run_dir / "settings.yaml", to_yaml(settings))
     return found
 
@@ -85,12 +87,20 @@ def check(run_dir: Path, settings: TrainSettings, resume: bool | str | Path, ove
         changed = differences(identity(read_recipe(before, type(settings))), identity(settings))
         if changed or not resume:
             what = f"with other settings ({'; '.join(changed)})" if changed else "with these settings"
-            cure = "" if changed else "resume to go on with it, "
+            cure = f"{'give these as before and ' if changed else ''}resume to go on with it, "
             raise InlayError(f"{run_dir} holds a run {what}: {cure}overwrite to replace it, or choose another folder")
     elif there:
         raise InlayError(
             f"{run_dir} has no settings.yaml but {', '.join(there[:5])}; choose another folder, or overwrite these"
         )
+
+
+def beside(run_dir: Path) -> list[str]:
+    """What else is in a folder that holds no run yet, hidden files aside."""
+    if not run_dir.is_dir() or (run_dir / "settings.yaml").exists():
+        return []
+    ours = {*OURS, *(f"checkpoint-{s}" for s in checkpoint.steps(run_dir)), *(p.name for p in cache.files(run_dir))}
+    return sorted(p.name for p in run_dir.iterdir() if p.name not in ours and not p.name.startswith("."))
 
 
 def _begun(run_dir: Path) -> bool:
@@ -157,11 +167,12 @@ def _commit() -> str | None:
     return None
 
 
-def write_environment(run_dir: Path, device: torch.device, step: int, ranks: int = 1) -> list[str]:
-    """Add this session to `environment.json`; returns in what it differs from the one before."""
+def write_environment(run_dir: Path, device: torch.device, step: int, **more: Any) -> list[str]:
+    """Add this session, and `more` of what it computes with, to `environment.json`; returns in what it differs from the
+    one before."""
     path = run_dir / "environment.json"
     sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-    now = {**environment(device), "ranks": ranks}
+    now = {**environment(device), **more}
     changed = differences({k: sessions[-1].get(k, now[k]) for k in now}, now) if sessions else []
     about = {
         "from_step": step,

@@ -186,8 +186,8 @@ class TrainSettings:
 
 
 FREE = (
-    *("loggers", "project", "progress", "save_every", "async_save", "keep_last", "device", "parallel"),
-    "cache_activations",
+    *("loggers", "project", "progress", "save_every", "async_save", "keep_last"),
+    *("device", "parallel", "cache_activations"),
 )
 """Of `run`: what may change when a run goes on. Where bits may then differ, its log says so."""
 

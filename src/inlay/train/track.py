@@ -115,11 +115,9 @@ class Journal:
 
     Args:
         step: where the run goes on.
-        show: whether what the user should know is also shown on stderr.
     """
 
-    def __init__(self, run_dir: Path, step: int, show: bool = False):
-        self.show = show
+    def __init__(self, run_dir: Path, step: int):
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
@@ -136,10 +134,9 @@ class Journal:
         self._log.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
     def tell(self, text: str) -> None:
-        """A line of log that the user should not have to look for."""
+        """A line of log that the user should not have to look for: it is shown on stderr, too."""
         self.say(text)
-        if self.show:
-            note(text)
+        note(text)
 
     def close(self) -> None:
         """Flush to disk. Both files are line-buffered, so a full disk has spoken up before."""
@@ -153,12 +150,15 @@ class Mute(Journal):
     """The journal of a process that is not the first: it writes nothing."""
 
     def __init__(self) -> None:
-        self.show = False
+        pass
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
+        """Nothing."""
+
+    def tell(self, text: str) -> None:
         """Nothing."""
 
     def close(self) -> None:
