@@ -58,7 +58,7 @@ class _Bench:
     settings: GenerateSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Run:
     host: Host
     tokenizer: Any
@@ -67,10 +67,8 @@ class _Run:
     option_form: OptionForm
     normalise: Normalise
     wearers: dict[str, Worn]
-    seed: int
     mixed: bool
     log: Log
-    bar: Any
 
 
 def expand(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
@@ -130,6 +128,27 @@ def evaluate(
 
     Returns what this call was asked for.
     """
+    _check(how, option_form, normalise)
+    chosen, rules, folder = expand(tasks), get_protocol(protocol), Path(out) if out is not None else None
+    wearers = _wearers(host, adapters)
+    reserve = max(room(host, worn) for worn in wearers.values())
+    found = ((task, _records(task, records, split, data, limit, seed)) for task in chosen)
+    benches = [_bench(host, tokenizer, *one, rules, how, reserve, decoding or {}, batch_size) for one in found]
+    options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
+    about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
+    about |= _made_by(host, benches, wearers, how)
+    settings, earlier, log = settle(folder, about), saved_cells(folder), Log(folder)
+    run = _Run(host, tokenizer, rules, how, option_form, normalise, wearers, mixed, log)
+    with bar(progress) as shown:
+        for bench in benches:
+            _answer(run, bench, shown)
+    report = _report(benches, wearers, rules, log, about)
+    if folder:
+        _with_earlier(earlier, report, benches, rules, log, settings).save(folder)
+    return report
+
+
+def _check(how: str, option_form: str, normalise: str) -> None:
     for what, value, known in (
         ("way to evaluate", how, ("generate", "options")),
         ("option form", option_form, ("answer", "text")),
@@ -137,37 +156,6 @@ def evaluate(
     ):
         if value not in known:
             raise unknown(what, value, known)
-    chosen, rules, folder = expand(tasks), get_protocol(protocol), Path(out) if out is not None else None
-    wearers = _wearers(host, adapters)
-    reserve = max(room(host, worn) for worn in wearers.values())
-    benches = []
-    for task in chosen:
-        own = _records(task, records, split, data, limit, seed)
-        benches.append(_bench(host, tokenizer, task, own, rules, how, reserve, decoding or {}, batch_size))
-    options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
-    about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
-    about |= _made_by(host, benches, wearers, how)
-    settings, earlier, log = settle(folder, about), saved_cells(folder), Log(folder)
-    with bar(progress) as shown:
-        run = _Run(
-            host=host,
-            tokenizer=tokenizer,
-            protocol=rules,
-            how=how,
-            option_form=option_form,
-            normalise=normalise,
-            wearers=wearers,
-            seed=seed,
-            mixed=mixed,
-            log=log,
-            bar=shown,
-        )
-        for bench in benches:
-            _answer(run, bench)
-    report = _report(benches, wearers, rules, log, about)
-    if folder:
-        _with_earlier(earlier, report, benches, rules, log, settings).save(folder)
-    return report
 
 
 def _wearers(host: Host, adapters: Sequence[str | None]) -> dict[str, Worn]:
@@ -253,7 +241,7 @@ def _made_by(host: Host, benches: list[_Bench], wearers: dict[str, Worn], how: H
     }
 
 
-def _answer(run: _Run, bench: _Bench) -> None:
+def _answer(run: _Run, bench: _Bench, shown: Any) -> None:
     """Whatever the log does not have yet of this task."""
     wanted = [
         (label, item)
@@ -262,7 +250,7 @@ def _answer(run: _Run, bench: _Bench) -> None:
         if (label, bench.task.name, item.index) not in run.log.rows
     ]
     total = len(run.wearers) * len(bench.items)
-    mark = run.bar.add_task(bench.task.name, total=total, completed=total - len(wanted))
+    mark = shown.add_task(bench.task.name, total=total, completed=total - len(wanted))
     turns = [wanted] if run.mixed else [[w for w in wanted if w[0] == label] for label in run.wearers]
     for rows in filter(None, turns):
         made = _generated(run, bench, rows) if run.how == "generate" else _chosen(run, bench, rows)
@@ -276,7 +264,7 @@ def _answer(run: _Run, bench: _Bench) -> None:
                 line["seconds"] = round(seconds / len(done), 6)
                 lines.append(line)
             run.log.add(lines)
-            run.bar.advance(mark, len(done))
+            shown.advance(mark, len(done))
 
 
 Made = Iterator[tuple[dict[int, dict[str, Any]], float]]
