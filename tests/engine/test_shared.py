@@ -104,10 +104,10 @@ def test_losses_and_gradients_are_the_plain_ones(family):
 
 
 def computed(way: Packed, examples) -> list[int]:
-    """Tokens that each forward of a step passes through the first block."""
+    """Tokens that each forward of a step passes through the first MLP."""
     seen = []
-    block = way.host.model.get_submodule(next(s.path for s in way.host.anatomy.spots if s.role == "block"))
-    hook = block.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:2].numel()))
+    first = way.host.model.get_submodule(next(s.path for s in way.host.anatomy.spots if s.role == "mlp"))
+    hook = first.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:2].numel()))
     with way.active():
         for part in way.split(examples):
             way.loss(part)
@@ -124,6 +124,26 @@ def test_what_is_computed_once():
     assert shared.beginning(*listed(alike)) == len(TEMPLATE)
     assert len(packs(alike, 40, len(TEMPLATE))) < len(packs(alike, 40))
     assert all(grown(own).tokens <= 40 for own in packs(alike, 40, len(TEMPLATE)))
+
+
+@pytest.mark.parametrize("packed_anew", [False, True])
+def test_cached_activations_know_beginnings(packed_anew):
+    """Examples are kept whole: other neighbours may share something else with them, or nothing."""
+    host = inlay.attach(base("llama")).add("a", small("lora"), at="q,v@last1", seed=0)
+    excite(host)
+    want, plain = gradients(host, "a", Packed(host, 0, 300, share=False), ROWS)
+    way = Packed(host, 0, 300)
+    way.remember("a", ROWS, "ram")
+    for turn in range(2):
+        if packed_anew and turn:
+            way.budget = 45
+        with host.using("a"):
+            blocks = computed(way, ROWS)
+        assert bool(blocks) == (turn == 0)
+        got, packed = gradients(host, "a", way, ROWS)
+        assert got == pytest.approx(want, rel=1e-5)
+        for key, g in plain.items():
+            torch.testing.assert_close(packed[key], g, rtol=1e-3, atol=2e-5 * float(g.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -112,38 +112,40 @@ class Cache:
         return i in self.known
 
     @contextlib.contextmanager
-    def serving(self, rows: Sequence[Example], layout: Layout) -> Iterator[None]:
-        """Around one packed forward of these rows: pass over the lower blocks if all rows are there, else keep them."""
+    def serving(self, rows: Sequence[Example], layout: Layout, places: Sequence[Tensor]) -> Iterator[None]:
+        """Around one packed forward of these rows: pass over the lower blocks if all rows are there, else keep them.
+
+        Args:
+            places: where the tokens of each row stand in the flattened batch; rows may have some in common.
+        """
         if not all(id(r) in self.at for r in rows):
             yield
         elif self.has(rows):
-            with self._skipping(self._laid_out(rows, layout)):
+            with self._skipping(self._laid_out(rows, layout, places)):
                 yield
         else:
-            handle = self.blocks[-1].register_forward_hook(lambda m, args, out: self._keep(rows, layout, out))
+            handle = self.blocks[-1].register_forward_hook(lambda m, args, out: self._keep(rows, places, out))
             try:
                 yield
             finally:
                 handle.remove()
 
     @torch.no_grad()
-    def _keep(self, rows: Sequence[Example], layout: Layout, out: Any) -> None:
+    def _keep(self, rows: Sequence[Example], places: Sequence[Tensor], out: Any) -> None:
         several = isinstance(out, tuple)
         self.sums[-1] = 1 + several
         flat = (out[0] if several else out).detach().reshape(-1, self.host.hidden)
-        for n, r in enumerate(rows):
+        for r, at in zip(rows, places, strict=True):
             i, begin, end = self.at[id(r)]
-            at = layout.index(n)
-            self.data[begin:end] = flat[at : at + end - begin].to("cpu")
+            self.data[begin:end] = flat[at].to("cpu")
             self.sums[i] = _sum(self.data[begin:end]) if self.file else 1
             self.known.add(i)
 
-    def _laid_out(self, rows: Sequence[Example], layout: Layout) -> Tensor:
+    def _laid_out(self, rows: Sequence[Example], layout: Layout, places: Sequence[Tensor]) -> Tensor:
         flat = torch.zeros(layout.shape[0] * layout.shape[1], self.host.hidden, dtype=self.host.dtype)
-        for n, r in enumerate(rows):
+        for r, at in zip(rows, places, strict=True):
             _, begin, end = self.at[id(r)]
-            at = layout.index(n)
-            flat[at : at + end - begin] = self.data[begin:end]
+            flat[at] = self.data[begin:end]
         return flat.view(*layout.shape, -1).to(self.host.device)
 
     def _skipping(self, hidden: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -14,7 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from inlay.core.host import Host
+from inlay.core.layout import Layout
 from inlay.engine.attention import has_interface
 from inlay.engine.cache import dropped
 from inlay.engine.example import IGNORED, unlearned
@@ -39,6 +43,13 @@ class Sequences:
         self.labels.append(labels)
         self.parents.append(parent)
         return len(self.ids) - 1
+
+    def places(self, layout: Layout, examples: int) -> list[Tensor]:
+        """Where the tokens of each example stand in the flattened batch, from its first to its last."""
+        here = [torch.arange(layout.index(n), layout.index(n) + own) for n, own in enumerate(layout.length_N)]
+        for n, p in enumerate(self.parents):
+            here[n] = here[n] if p is None else torch.cat((here[p], here[n]))
+        return here[len(here) - examples :]
 
     @property
     def tokens(self) -> int:

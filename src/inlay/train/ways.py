@@ -127,7 +127,7 @@ class Packed:
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
         """As few packs as fit. A step begins here: tensors may have moved since the last."""
         self.steady.clear()
-        alike = shared.beginning(*_listed(examples)) if self.share and self.cache is None else 0
+        alike = shared.beginning(*_listed(examples)) if self.share else 0
         return packs(examples, self.budget, 0 if alike and shared.refused(self.host) else alike)
 
     def loss(self, rows: Sequence[Example]) -> Tensor:
@@ -142,13 +142,12 @@ class Packed:
 
     @contextlib.contextmanager
     def _packed(self, rows: Sequence[Example]) -> Iterator[Pack]:
-        one = (
-            shared.laid(self.host, *_listed(rows))
-            if self.share and self.cache is None
-            else shared.whole(*_listed(rows))
-        )
+        one = shared.laid(self.host, *_listed(rows)) if self.share else shared.whole(*_listed(rows))
         made = pack(self.host, one.ids, one.labels, one.parents, self.pad)
-        with self.cache.serving(rows, made.layout) if self.cache else contextlib.nullcontext():
+        if self.cache is None:
+            yield made
+            return
+        with self.cache.serving(rows, made.layout, one.places(made.layout, len(rows))):
             yield made
 
     def remember(
