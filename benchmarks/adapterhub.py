@@ -49,7 +49,9 @@ class Remote:
 
     def __init__(self, size: str, kind: str, count: int, folder: Path, threads: int):
         command = [str(PYTHON), "-m", "benchmarks.adapterhub", size, kind, str(count), str(folder), str(threads)]
-        environment = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | {"PYTHONPATH": str(ROOT)}
+        environment = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | {
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"
+        }
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )

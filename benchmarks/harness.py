@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-import inlay
-
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks.json"
 PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters")
 
@@ -144,8 +142,11 @@ def machine() -> dict[str, object]:
 
 
 @functools.cache
-def state(package: Path = Path(inlay.__file__).parent) -> str:
+def state(package: Path | None = None) -> str:
     """Which Inlay was measured: its commit, with a + where files differ from it; the version where there is no git."""
+    import inlay  # here: AdapterHub's environment, which uses this module too, has none
+
+    package = package or Path(inlay.__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout
