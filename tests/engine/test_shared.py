@@ -91,7 +91,7 @@ def test_losses_and_gradients_are_the_plain_ones(family):
     for name in methods(family):
         want, plain = gradients(host, name, Plain(host, 0, 2), ROWS)
         with host.using(name):
-            assert bool(shared.refused(host)) == (not serves or any(e.room or e.positional for e in [host.edits[name]]))
+            assert bool(shared.refused(host)) == (not serves or any(host.edits[n].prompted for n in name.split("+")))
         for budget in (200, 26):
             got, packed = gradients(host, name, Packed(host, 0, budget), ROWS)
             assert got == pytest.approx(want, rel=1e-5), name

@@ -120,8 +120,8 @@ def refused(host: Host) -> str:
     if len(host.plan) > 1 or host.side:
         return "rows wear different adapters, or are given inputs of their own"
     worn = [host.edits[n] for n in host.plan[0]]
-    if any(e.room or e.positional for e in worn):
-        return "virtual tokens stand before the text, and edits of single positions treat alike tokens differently"
+    if any(e.prompted for e in worn):
+        return "edits of a prompt's last tokens treat alike tokens differently"
     if host.model.training and (drawn := dropped(host.model) or next((e.kind for e in worn if e.draws), "")):
         return f"dropout is drawn for each example ({drawn})"
     return ""

@@ -122,7 +122,7 @@ class RunSettings:
     elsewhere."""
     share_beginnings: bool = True
     """Compute what the examples of a pack begin with (a prompt template, mostly) once for all of them: the same losses.
-    Not where dropout is drawn, and not with virtual tokens."""
+    Not where dropout is drawn."""
     cache_activations: Literal["off", "ram", "disk"] = "off"
     """Where adapters hang in upper blocks only: keep what the blocks below say of each example, in memory or in the
     run folder, and pass over those blocks from the second epoch on."""
