@@ -45,6 +45,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p = logits.div_(whole)
                 p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
                 grad_ND[part] = product(p.to(W_VD.dtype), W_VD.t())
+                del p
+            del logits  # before the next slice is made
         ctx.save_for_backward(grad_ND)
         return loss_N
 
