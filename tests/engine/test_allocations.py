@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 import inlay
-from inlay.engine.loss import at_a_time
+from inlay.engine.loss import in_one_product
 from inlay.train.ways import Packed
 from tests.train.tiny import Row
 
@@ -89,7 +89,7 @@ def test_the_peak_is_what_the_layers_keep_and_one_slice_of_logits(sizes):
     base = model(**sizes)
     c = base.config
     layer = 11 * c.hidden_size + 2 * c.intermediate_size
-    logits = min(LEARNED, at_a_time(c.vocab_size)) * c.vocab_size
+    logits = min(LEARNED, in_one_product(c.vocab_size)) * c.vocab_size
     found = peak(allocated(base, rank=4))
     assert 0.5 < found / (FP32 * (c.num_hidden_layers * TOKENS * layer + logits)) <= 1.0
 

@@ -199,7 +199,8 @@ def test_packs_fill_up():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_cross_entropy(dtype, bias, monkeypatch):
-    monkeypatch.setattr("inlay.engine.loss.ROOM", 97 * 5)
+    monkeypatch.setattr("inlay.engine.loss.PRODUCT", 97 * 5)
+    monkeypatch.setattr("inlay.engine.loss.NEAR", 97 * 2)
     torch.manual_seed(0)
     h, W, b = torch.randn(23, 16, dtype=dtype), torch.randn(97, 16, dtype=dtype), torch.randn(97, dtype=dtype)
     target = torch.randint(97, (23,))

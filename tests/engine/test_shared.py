@@ -235,3 +235,25 @@ def test_trainers_forwards_share_too(kind, dropout, once):
     assert seen[-1] == (COMPUTED if once else tokens(ROWS))
     if once:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_beginning_is_kept_once(dtype):
+    """What ten more answers keep for backward does not depend on how long the beginning is."""
+    host = inlay.attach(base("llama").to(dtype)).add("a", small("lora"), seed=0)
+    excite(host)
+
+    def kept(answers: int, asked: list[int]) -> int:
+        way, found = Packed(host, 0, 2000), {}
+        examples = [row(asked, [20 + i], answer=[60 + i, 70]) for i in range(answers)]
+
+        def count(t):
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with host.using("a"), way.active(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            alive = way.loss(examples)
+        return sum(found.values()) if alive.requires_grad else 0
+
+    short, long = (kept(20, TEMPLATE * n) - kept(10, TEMPLATE * n) for n in (5, 10))
+    assert 0 < long < 1.2 * short

@@ -88,8 +88,8 @@ def test_tokens_add_up_to_the_loss(at):
 def test_slices_of_a_small_buffer_change_nothing(monkeypatch):
     host = dressed("llama")
     want = gradients(host, "lora", Sorted(Packed(host, 0, 100)), True)
-    for module in ("inlay.engine.head", "inlay.engine.loss"):
-        monkeypatch.setattr(f"{module}.at_a_time", lambda vocabulary: 3)
+    for sizes in ("head.at_a_time", "loss.in_one_product"):
+        monkeypatch.setattr(f"inlay.engine.{sizes}", lambda vocabulary: 3)
     got = gradients(host, "lora", Sorted(Packed(host, 0, 100)), True)
     torch.testing.assert_close(got[:2], want[:2])
     torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-6)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.utils.checkpoint import checkpoint
 
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
@@ -24,6 +25,9 @@ from inlay.core.layout import Family, Layout
 
 SHORT = 512
 """Longest sequence (tokens) whose scores are formed whole on a CPU in 16 bits."""
+COPIES = 2
+"""How often the keys of a family may be copied for backward, on average, before they are gathered again there: short
+answers behind a long beginning would else keep that beginning each."""
 UNKNOWN = ("s_aux", "position_bias")
 """Arguments of attention interfaces that change the mathematics and are not served here."""
 
@@ -126,18 +130,27 @@ def _answers(
         skips: whether attention that is plainly causal skips what is not seen, half of the work: asking again behind a
             short beginning then costs less than a mask.
     """
+    paths = own.paths
+    copied = sum(own.sizes[i] for path, _ in paths for i in path)
+    later = torch.is_grad_enabled() and copied > COPIES * own.length
     told: dict[int, Tensor] = {}
-    for path, known in own.paths:
+    for path, known in paths:
         behind, ask = sum(own.sizes[i] for i in path[:known]), path[known:]
         fresh = [own.sizes[i] for i in ask]
         again = behind if skips and behind <= sum(fresh) else 0
-        out = work(_joined(q, path if again else ask), _joined(k, path), _joined(v, path))
+        asking = path if again else ask
+        given = (*(q[i] for i in asking), *(k[i] for i in path), *(v[i] for i in path))
+        attend = functools.partial(_gathered, work, len(asking))
+        out = checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False) if later else attend(*given)
         told |= zip(ask, out[again:].split(fresh), strict=True)
     return [told[i] for i in range(len(own.sizes))]
 
 
-def _joined(parts: Sequence[Tensor], which: Sequence[int]) -> Tensor:
-    return parts[which[0]] if len(which) == 1 else torch.cat([parts[i] for i in which])
+def _gathered(work: Callable[..., Tensor], asking: int, *given: Tensor) -> Tensor:
+    """Attention of one path, from the parts of its queries (so many), keys and values."""
+    seen = asking + (len(given) - asking) // 2
+    parts = (given[:asking], given[asking:seen], given[seen:])
+    return work(*(own[0] if len(own) == 1 else torch.cat(own) for own in parts))
 
 
 def _path(
@@ -155,12 +168,12 @@ def _path(
     near = window if window and window < T else None
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     if softcap is not None:
-        out = capped(q, k, v, _seen(layout, T, near, q.device)[T - L :], scaling, softcap, dropout)
+        out = capped(q, k, v, _seen(layout, L, T, near, q.device), scaling, softcap, dropout)
     elif dropout == 0 and _recomputes(k) and T <= SHORT:
-        out = Recomputed.apply(q, k, v, _bias(layout, T, near, q)[T - L :], scaling or q.shape[-1] ** -0.5)
+        out = Recomputed.apply(q, k, v, _bias(layout, L, T, near, q), scaling or q.shape[-1] ** -0.5)
     else:
         plain = near is None and L == T
-        mask = None if plain else _bias(layout, T, near, q)[T - L :]
+        mask = None if plain else _bias(layout, L, T, near, q)
         causal = plain and T > 1
         out = scaled_dot_product_attention(q[None], k[None], v[None], mask, dropout, is_causal=causal, scale=scaling)[0]
     return out.transpose(0, 1)
@@ -196,24 +209,24 @@ def _recomputes(t: Tensor) -> bool:
     return t.device.type == "cpu" and t.dtype.itemsize == 2
 
 
-def _bias(layout: Layout, T: int, near: int | None, like: Tensor) -> Tensor:
-    """What is added to scores (T, T): 0 where a token is seen, minus infinity elsewhere."""
+def _bias(layout: Layout, L: int, T: int, near: int | None, like: Tensor) -> Tensor:
+    """What is added to the scores of the last L of T tokens (L, T): 0 where a token is seen, else minus infinity."""
 
     def make() -> Tensor:
-        seen = _seen(layout, T, near, like.device)
-        return torch.zeros(T, T, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
+        seen = _seen(layout, L, T, near, like.device)
+        return torch.zeros(L, T, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
-    return _once(layout, ("bias", T, near, like.dtype), make)
+    return _once(layout, ("bias", L, T, near, like.dtype), make)
 
 
-def _seen(layout: Layout, T: int, near: int | None, device: torch.device) -> Tensor:
-    """True where a token of a sequence sees another (T, T): those before it, and only so near ones if told."""
+def _seen(layout: Layout, L: int, T: int, near: int | None, device: torch.device) -> Tensor:
+    """True where one of the last L of T tokens sees another (L, T): those before it, and only so near ones if told."""
 
     def make() -> Tensor:
-        seen = torch.ones(T, T, dtype=torch.bool, device=device).tril_()
-        return seen if near is None else seen.triu_(1 - near)
+        seen = torch.ones(L, T, dtype=torch.bool, device=device).tril_(T - L)
+        return seen if near is None else seen.triu_(T - L + 1 - near)
 
-    return _once(layout, ("seen", T, near), make)
+    return _once(layout, ("seen", L, T, near), make)
 
 
 def _once(layout: Layout, key: Any, make: Callable[[], Tensor]) -> Tensor:

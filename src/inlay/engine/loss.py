@@ -13,11 +13,20 @@ from inlay.core.product import product
 
 ROOM = 1 << 22
 """Logits held at a time: 16 MiB in float32, which allocators hand out again without asking the system."""
+PRODUCT = 1 << 24
+"""The same where the head's weight is read for them twice: 64 MiB, so that reading it is little beside multiplying."""
+NEAR = 1 << 19
+"""Numbers that a processor's cache holds while a few passes go over them."""
 
 
 def at_a_time(vocabulary: int) -> int:
     """Positions whose logits are held at a time."""
     return max(1, ROOM // vocabulary)
+
+
+def in_one_product(vocabulary: int) -> int:
+    """Positions whose logits are held at a time by `LinearCrossEntropy`."""
+    return max(1, PRODUCT // vocabulary)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -29,23 +38,19 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, target_N: Tensor) -> Tensor:
-        step = at_a_time(len(W_VD))
+        step, few = in_one_product(len(W_VD)), max(1, NEAR // len(W_VD))
+        few = few if h_ND.device.type == "cpu" else step
         grad_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         loss_N = h_ND.new_empty(len(h_ND), dtype=torch.float32)
         for at in range(0, len(h_ND), step):
             part = slice(at, at + step)
-            logits = product(h_ND[part], W_VD, b_V).float()
-            target = target_N[part, None]
-            # In place throughout: a slice is read and written while it is still in the processor's cache.
-            logits.sub_(logits.amax(-1, keepdim=True))
-            right = logits.gather(1, target)
-            whole = logits.exp_().sum(-1, keepdim=True)
-            loss_N[part] = (whole.log() - right)[:, 0]
+            logits = product(h_ND[part], W_VD, b_V)
+            for own, target, loss in zip(
+                logits.split(few), target_N[part, None].split(few), loss_N[part].split(few), strict=True
+            ):
+                _entropy(own, target, loss, grad_ND is not None)
             if grad_ND is not None:
-                p = logits.div_(whole)
-                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-                grad_ND[part] = product(p.to(W_VD.dtype), W_VD.t())
-                del p
+                grad_ND[part] = product(logits, W_VD.t())
             del logits  # before the next slice is made
         ctx.save_for_backward(grad_ND)
         return loss_N
@@ -54,6 +59,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_N: Tensor):  # type: ignore[override]
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad_N.to(grad_ND.dtype)[:, None], None, None, None
+
+
+def _entropy(logits_NV: Tensor, target_N1: Tensor, loss_N: Tensor, gradient: bool) -> None:
+    """Write the cross entropy of a few positions to `loss_N` and, if asked, its gradient over their logits. In place
+    throughout: they are read and written while they are still in the processor's cache."""
+    x = logits_NV.float()
+    x.sub_(x.amax(-1, keepdim=True))
+    right = x.gather(1, target_N1)
+    whole = x.exp_().sum(-1, keepdim=True)
+    loss_N.copy_((whole.log() - right)[:, 0])
+    if gradient:
+        x.div_(whole).scatter_add_(1, target_N1, x.new_full(target_N1.shape, -1.0))
+        if x is not logits_NV:
+            logits_NV.copy_(x)
 
 
 @functools.cache
