@@ -10,6 +10,8 @@ a packed forward is never widened. To the edits, a packed batch is a batch of R 
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,14 +32,26 @@ class Family:
     row: int
     start: int
     length: int
-    mask_TT: Tensor | None
-    """True where the token of a row sees the token of a column; None: plainly causal."""
     sizes: tuple[int, ...]
     """Tokens of its sequences, in reading order; all in one where it is plainly causal."""
     parents: tuple[int | None, ...]
     """Which of them each one continues."""
 
-    @property
+    @functools.cached_property
+    def mask_TT(self) -> Tensor | None:
+        """True where the token of a row sees the token of a column, on the CPU; None: plainly causal."""
+        if len(self.sizes) == 1:
+            return None
+        ends = list(itertools.accumulate(self.sizes))
+        mask = torch.zeros(self.length, self.length, dtype=torch.bool)
+        for i, end in enumerate(ends):
+            at: int | None = i
+            while at is not None:
+                mask[end - self.sizes[i] : end, ends[at] - self.sizes[at] : ends[at]] = True
+                at = self.parents[at]
+        return mask.tril_()
+
+    @functools.cached_property
     def paths(self) -> list[tuple[tuple[int, ...], int]]:
         """(sequences from the first to one that nothing continues, how many of these stand in an earlier path)."""
         found, met = [], set[int]()
@@ -80,9 +94,8 @@ class Layout:
     def to(self, device: torch.device) -> Layout:
         """The same with its tensors elsewhere."""
         moved = {n: t.to(device) for n, t in self.first.items()}
-        families = tuple(replace(f, mask_TT=None if f.mask_TT is None else f.mask_TT.to(device)) for f in self.families)
         position, owner = self.position_RW.to(device), self.owner_RW.to(device)
-        return replace(self, position_RW=position, owner_RW=owner, first=moved, families=families, made={})
+        return replace(self, position_RW=position, owner_RW=owner, first=moved, made={})
 
     def index(self, sequence: int, token: int = 0) -> int:
         """Where a token of a sequence stands in the flattened batch."""
@@ -205,23 +218,9 @@ def _trees(
 def _family(
     own: list[int], lengths: Sequence[int], parents: Sequence[int | None], need: int, where: tuple[int, int, int]
 ) -> Family:
-    """A family and what its tokens see; a chain without branches is plainly causal."""
-    row, start, size = where
+    """A family; a chain without branches is plainly causal."""
     if all(parents[b] == a for a, b in zip(own, own[1:], strict=False)):
-        return Family(row, start, size, None, (size,), (None,))
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    mask[:, :need] = True
-    begin: dict[int, int] = {}
-    column = need
-    for i in own:
-        begin[i], column = column, column + lengths[i]
-        mine = slice(begin[i], column)
-        mask[mine, mine] = True
-        p = parents[i]
-        while p is not None:
-            mask[mine, begin[p] : begin[p] + lengths[p]] = True
-            p = parents[p]
+        return Family(*where, (where[2],), (None,))
     place = {i: n for n, i in enumerate(own)}
     sizes = (need + lengths[own[0]], *(lengths[i] for i in own[1:]))
-    above = tuple(None if (p := parents[i]) is None else place[p] for i in own)
-    return Family(row, start, size, mask.tril_(), sizes, above)
+    return Family(*where, sizes, tuple(None if (p := parents[i]) is None else place[p] for i in own))

@@ -212,8 +212,8 @@ class Scorer:
             for f in layout.families:
                 own = f.mask_TT
                 if own is None:
-                    own = torch.ones(f.length, f.length, dtype=torch.bool, device=device).tril_()
-                self._masks.append(pad(own, (behind, 0), value=True))
+                    own = torch.ones(f.length, f.length, dtype=torch.bool).tril_()
+                self._masks.append(pad(own, (behind, 0), value=True).to(device))
         return self._masks
 
 
