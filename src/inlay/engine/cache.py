@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -238,12 +239,17 @@ def refused(host: Host, below: int) -> str:
     return ""
 
 
+@functools.cache
+def _draws(name: str) -> bool:
+    return any(word in name for word in DRAWN)
+
+
 def dropped(model: nn.Module) -> str:
     """What share of activations forwards drop while they train, by a module or by a function (OPT, BLOOM, Falcon), of
     blocks they leave out (OPT's `layerdrop`), or what noise routers add (Mixtral's `jitter_noise`); empty for none."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     held: list[tuple[str, Any]] = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
-    held += [(k, v) for m in model.modules() for k, v in vars(m).items() if any(word in k for word in DRAWN)]
+    held += [(k, v) for m in model.modules() for k, v in vars(m).items() if _draws(k)]
     held += [(k, x) for k, v in held if isinstance(v, dict) for x in v.values()]  # PEFT's, by adapter
     held += [(k, getattr(config, k, 0)) for k in ("hidden_dropout", "attention_dropout")]
     return next((f"{k} {v:g}" for k, v in held if isinstance(v, float) and v > 0), "")

@@ -57,9 +57,10 @@ class Sequences:
         return sum(map(len, self.ids))
 
 
-def alike(rows: Sequence[list[int]]) -> int:
+def alike(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
-    low, high = min(rows), max(rows)
+    ordered = [list(row) for row in rows]
+    low, high = min(ordered), max(ordered)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn, read_plan
+from inlay.engine.shared import alike
 
 Prompt = str | Sequence[int]
 """A text, encoded with the tokenizer's own start token, or token ids as they are."""
@@ -95,16 +96,9 @@ def window(host: Host) -> int | None:
     return getattr(config, "sliding_window", None) or None
 
 
-SHARED = 8
-"""A beginning that all prompts share is computed once if it has so many tokens."""
-
-
 def beginning(rows: Sequence[Sequence[int]], leave: int = 0) -> int:
     """How many tokens all rows begin with, of which the shortest row has `leave` more."""
-    ordered = [tuple(row) for row in rows]
-    low, high = min(ordered), max(ordered)
-    alike = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return min(alike, min(map(len, rows)) - leave)
+    return min(alike(rows), min(map(len, rows)) - leave)
 
 
 class Tried:

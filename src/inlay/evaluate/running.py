@@ -17,8 +17,9 @@ from torch import Tensor
 
 from inlay.core.host import Host
 from inlay.core.route import Worn
+from inlay.engine.shared import LEAST
 from inlay.evaluate import slots
-from inlay.evaluate.batches import SHARED, beginning, one_plan, quiet
+from inlay.evaluate.batches import beginning, one_plan, quiet
 from inlay.evaluate.rows import Generation, Row, Scored, end_ids, finish, pick
 
 Begin = Callable[[Sequence[int], Sequence[Row]], Tensor]
@@ -205,7 +206,7 @@ def sharing(running: Running, rows: Sequence[Row]) -> Begin:
     shared = beginning([r.ids for r in rows], leave=1)
     if any(host.edits[n].prompted for worn in {r.worn for r in rows} for n in worn):
         return running.begin  # a part of a prompt would be taken for all of it
-    if shared < SHARED or len(rows) < 2 * len(Counter(r.worn for r in rows)):
+    if shared < LEAST or len(rows) < 2 * len(Counter(r.worn for r in rows)):
         return running.begin
     kept: dict[Worn, list[tuple[Tensor, Tensor]]] = {}
 

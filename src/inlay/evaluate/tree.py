@@ -30,7 +30,8 @@ from inlay.engine.head import hidden, is_whole
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import at_a_time
 from inlay.engine.pack import Pack, budget, laid_out, rounding, takes_positions, twice_biased
-from inlay.evaluate.batches import SHARED, Tried, beginning, one_plan, quiet, room, turns, window
+from inlay.engine.shared import LEAST
+from inlay.evaluate.batches import Tried, beginning, one_plan, quiet, room, turns, window
 
 Said = tuple[float, bool]
 """An option's log-likelihood in nats, and whether greedy decoding would say it."""
@@ -225,7 +226,7 @@ def scores(
     alike = beginning(heads, leave=1)
     # Virtual tokens stand before the text: such a beginning would differ by row. It is no prompt, either.
     whole = any(room(host, w) or any(host.edits[n].prompted for n in w) for w in set(plans))
-    worth = alike >= SHARED and len(heads) >= 2 * wearers and not whole
+    worth = alike >= LEAST and len(heads) >= 2 * wearers and not whole
     shared = alike if worth and has_interface(host.model) else 0
     scorer = Scorer(host, heads[0][:shared])
     trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]
