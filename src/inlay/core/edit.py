@@ -179,6 +179,16 @@ class Edit:
         """Whether this step of so many tokens passes unchanged, whatever the tensors hold; asked if `positional`."""
         return False
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether `penalty` may add a term to the loss."""
+        return type(self).penalty is not Edit.penalty
+
+    @property
+    def has_after_step(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not Edit.after_step
+
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
         """A term that the training loop adds to the loss, from the tensors of all places (place key -> tensors)."""
         return None
