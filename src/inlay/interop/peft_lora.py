@@ -15,7 +15,17 @@ from inlay.core.host import Host
 from inlay.core.start import frozen_weight
 from inlay.interop.low_rank import Factors, factorise, spread_rows, whole_place, widest, worn_by_path
 from inlay.interop.peft_folder import Found, Tensors
-from inlay.interop.peft_row import Dumped, Loaded, Row, fill_places, layer_kind, need, number, plain_worn
+from inlay.interop.peft_row import (
+    Dumped,
+    Loaded,
+    Row,
+    embedding_scale,
+    fill_places,
+    layer_kind,
+    need,
+    number,
+    plain_worn,
+)
 from inlay.methods import method
 
 PLAIN_STARTS = (True, "true", False, "false", "gaussian", "eva", "orthogonal")
@@ -80,15 +90,18 @@ def load_lora(found: Found) -> Loaded:
         made = {"A": pad(t["A"], (0, 0, 0, more)), "B": pad(B, (0, more))} if more else {"A": t["A"], "B": B}
         return made | ({"m": t["m"].flatten()} if kind == "dora" else {})
 
-    def from_base(host: Host, name: str) -> dict[str, Tensor]:
-        s = float(host.edits[name].scale)  # type: ignore[attr-defined]
-        return fill_places(
-            host, name, found, lambda path, t: here(path, t) | principal(host.model.get_submodule(path), rank, s)
-        )
+    def values(host: Host, name: str) -> dict[str, Tensor]:
+        def with_base(path: str, t: Tensors) -> Tensors:
+            layer, own = host.model.get_submodule(path), here(path, t)
+            if (factor := embedding_scale(layer)) != 1:
+                own["B"] = own["B"] * factor
+            if start == "pissa":
+                own |= principal(layer, rank, float(host.edits[name].scale))  # type: ignore[attr-defined]
+            return own
 
-    if start == "pissa":
-        return Loaded(edit, values=from_base)
-    return Loaded(edit, here=here)
+        return fill_places(host, name, found, with_base)
+
+    return Loaded(edit, values=values)
 
 
 def principal(layer: nn.Module, rank: int, scale: float) -> Tensors:
@@ -126,8 +139,11 @@ def dump_lora(host: Host, name: str) -> Dumped:
 
 def _padded(f: Factors, rank: int, host: Host, path: str) -> Tensors:
     A, B = pad(f.A, (0, 0, 0, rank - f.rank)), pad(f.B, (0, rank - f.rank))
-    embed = hasattr(host.model.get_submodule(path), "num_embeddings")
-    return {"lora_embedding_A": A, "lora_embedding_B": B} if embed else {"lora_A.weight": A, "lora_B.weight": B}
+    layer = host.model.get_submodule(path)
+    embed = layer_kind(layer) == "embedding"
+    if embed:
+        return {"lora_embedding_A": A, "lora_embedding_B": B / embedding_scale(layer)}
+    return {"lora_A.weight": A, "lora_B.weight": B}
 
 
 def dump_dora(host: Host, name: str) -> Dumped:
