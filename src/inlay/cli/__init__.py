@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -52,12 +53,14 @@ def _complain(e: BaseException) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from inlay.core.errors import InlayError
+    from inlay.core.errors import InlayError, Terminated
 
     out = Console(stderr=True, soft_wrap=True)
     if isinstance(e, KeyboardInterrupt):
         out.print("[yellow]stopped[/]")
         return 130
+    if isinstance(e, Terminated):
+        return 128 + signal.SIGTERM
     if isinstance(e, BrokenPipeError):
         return 0
     if isinstance(e, InlayError):

@@ -117,8 +117,7 @@ def _begun(run_dir: Path) -> bool:
 def _latest(run_dir: Path, resume: bool | str | Path) -> Checkpoint | None:
     if isinstance(resume, (str, Path)):
         return checkpoint.read(Path(resume))
-    there = checkpoint.steps(run_dir)
-    return checkpoint.read(run_dir / f"checkpoint-{there[-1]}") if resume and there else None
+    return checkpoint.latest(run_dir) if resume else None
 
 
 def _wipe(run_dir: Path) -> None:
