@@ -39,6 +39,7 @@ def run(s: ConvertSettings) -> None:
 
     quiet()
     from inlay.api import attach, save
+    from inlay.core.files import new_folder
     from inlay.interop import formats
     from inlay.models.base import load_base
 
@@ -56,10 +57,12 @@ def run(s: ConvertSettings) -> None:
         read, name = name, f"{name}-road2"
         to_road2(host, read, name)
     out = Console(highlight=False)
-    if s.to == "inlay":
-        save(host, name, s.target, about={"converted_from": kind})
-    else:
-        written = formats.write(host, name, s.target, s.to, s.rank)
+    with new_folder(s.target) as folder:
+        if s.to == "inlay":
+            save(host, name, folder, about={"converted_from": kind})
+        else:
+            written = formats.write(host, name, folder, s.to, s.rank)
+    if s.to != "inlay":
         for note in written.notes:
             out.print(f"[yellow]note:[/] {escape(note)}")
         if s.to == "vllm":

@@ -23,7 +23,7 @@ from inlay.core.layout import Layout, lay_out
 from inlay.core.place import Anatomy, Place, Spot, locate
 from inlay.core.ready import Folds, Ready
 from inlay.core.route import STRATEGIES, Route, Worn, read_plan, spread
-from inlay.core.shelf import Shelf, same_shapes
+from inlay.core.shelf import Shelf, only_finite, same_shapes
 from inlay.core.site import Site, Wear, WornHere
 
 STACK_BYTES = 1 << 30
@@ -385,6 +385,7 @@ class Host:
         """Set an adapter's tensors; one missing, left over or of another shape is an error and changes nothing."""
         mine = self.tensors(name)
         same_shapes(name, {k: t.shape for k, t in mine.items()}, {k: t.shape for k, t in values.items()})
+        only_finite(name, values)
         for k, p in mine.items():
             p.copy_(values[k])
         return self

@@ -100,6 +100,11 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
                 f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives float weights)"
             )
         new[key] = _once(value, p.dtype)
+        if not bool(new[key].isfinite().all()):
+            raise InlayError(
+                f"{name!r} makes weights of {key!r} that are not finite in {str(p.dtype).removeprefix('torch.')}: the "
+                "adapter is damaged, or its values are beyond that type's range (merge in bf16 or fp32 then)"
+            )
         off = (new[key].to(value.dtype) - value).abs().max() / value.abs().max().clamp(min=1e-12)
         rounding = max(rounding, off.item())
     vocabulary = host.model.get_input_embeddings().weight.shape[0]

@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 
 from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
-from inlay.core.files import replace_file, sha256, write_text
+from inlay.core.files import locked, make_folder, replace_file, sha256, write_text
 from inlay.core.fingerprint import differences, fingerprint
 from inlay.core.held import Held, read_bytes
 from inlay.core.host import Host
+from inlay.core.shelf import not_finite
 
 FORMAT, VERSION = "inlay-adapter", 1
+RETRIES = 20
+"""How often a reader begins again while others save into the folder."""
 MEANING = ("format", "version", "method", "settings", "places", "tensors")
 """What the JSON's own digest covers; the rest may be edited by hand."""
 
@@ -77,8 +80,24 @@ def save(
     """
     folder = Path(folder)
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in (tensors or host.tensors(name)).items()}
+    if bad := not_finite(tensors):
+        raise InlayError(f"{name!r} is not saved: {bad} holds values that are not finite; train again at a lower rate")
+    make_folder(folder)
+    with locked(folder):
+        return _save(host, name, folder, tensors, dict(about or {}), dict(versions or {}), base)
+
+
+def _save(
+    host: Host,
+    name: str,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    about: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    base: Mapping[str, Any] | None,
+) -> Path:
     file = folder / f"adapter-{content_digest(tensors)[:12]}.safetensors"
-    replace_file(file, lambda partial: save_file(tensors, partial))
+    replace_file(file, lambda partial: save_file(dict(tensors), partial))
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -91,8 +110,8 @@ def save(
             "family": host.anatomy.family,
             **(base or fingerprint(host)),
         },
-        "about": dict(about or {}),
-        "versions": {"torch": torch.__version__, **(versions or {})},
+        "about": about,
+        "versions": {"torch": torch.__version__, **versions},
     }
     record["digest"] = _digest(record)
     text = json.dumps(record, indent=1) + "\n"
@@ -117,8 +136,31 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], Held]:
-    """(the JSON, the tensors) of an adapter folder, both checked against their digests."""
+    """(the JSON, the tensors) of an adapter folder, both checked against their digests.
+
+    A save into the same folder may replace the tensors between the two reads: then the new adapter is read.
+    """
     folder = Path(folder)
+    for _ in range(RETRIES):
+        before = _stamp(folder)
+        try:
+            return _read(folder)
+        except InlayError:
+            if _stamp(folder) == before:
+                raise
+    return _read(folder)
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes when adapter.json is replaced."""
+    try:
+        about = (folder / "adapter.json").stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Held]:
     file = folder / "adapter.json"
     if not file.is_file():
         raise InlayError(
