@@ -20,6 +20,7 @@ from inlay.core.edit import Call
 from inlay.core.errors import InlayError
 from inlay.core.fingerprint import readable
 from inlay.core.host import Host
+from inlay.core.shelf import only_finite
 from inlay.core.site import Site
 
 
@@ -60,6 +61,8 @@ def merged(host: Host, name: str) -> dict[str, Tensor]:
 def _merged(host: Host, name: str) -> Iterator[tuple[str, Tensor]]:
     """The same, layer by layer, unrounded."""
     host._known(name)
+    if name not in host.shelf:
+        only_finite(name, host.tensors(name))
     edit = host.edits[name]
     if edit.room:
         raise InlayError(
