@@ -7,14 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.core import fingerprint
+from inlay.core.fingerprint import _positions, _sample, differences, fingerprint
 from tests.laws.zoo import GQA
 
 CPU = torch.device("cpu")
 
 
 def exact(numbers):
-    return fingerprint._positions(numbers, 0, CPU).tolist()
+    return _positions(numbers, 0, CPU).tolist()
 
 
 def rounded(numbers):
@@ -37,7 +37,7 @@ def test_positions_of_inlay_0_1_were_at_most_one_further():
 def test_samples_of_large_tensors_are_the_numbers_at_evenly_spaced_positions(rows, columns):
     """Without the memory: one row of numbers, seen `rows` times."""
     weight = torch.arange(columns, dtype=torch.float32).expand(rows, columns)
-    assert fingerprint._sample(weight) == [float(i * (rows * columns - 1) // 11 % columns) for i in range(12)]
+    assert _sample(weight) == [float(i * (rows * columns - 1) // 11 % columns) for i in range(12)]
 
 
 def test_a_record_of_inlay_0_1_still_fits_and_another_base_does_not():
@@ -45,11 +45,11 @@ def test_a_record_of_inlay_0_1_still_fits_and_another_base_does_not():
     host = inlay.attach(LlamaForCausalLM(LlamaConfig(**GQA | {"vocab_size": 103_943})))
     flat = host.model.get_input_embeddings().weight.data.flatten()
     positions = exact(len(flat))
-    ours = fingerprint.fingerprint(host)
+    ours = fingerprint(host)
     assert list(ours["next"]) == ["embed"]  # the other tensors are smaller
     for further in (0, 1):
         sampled = [float(flat[p + further * (0 < i < 11)]) for i, p in enumerate(positions)]
         theirs = {"shape": ours["shape"], "values": {**ours["values"], "embed": sampled}}
-        assert fingerprint.differences(theirs, ours) == []
+        assert differences(theirs, ours) == []
     flat[positions[5] : positions[5] + 2] += 1
-    assert fingerprint.differences(theirs, fingerprint.fingerprint(host)) == ["the weights at 'embed' differ"]
+    assert differences(theirs, fingerprint(host)) == ["the weights at 'embed' differ"]

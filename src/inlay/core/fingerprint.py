@@ -27,7 +27,7 @@ SHAPE = (
 SAMPLED = ("embed", "0.o", "0.down", "last.o", "last.down")
 SAMPLES = 12
 ROUNDED = range(2**20, 2**24)
-"""Sizes of tensors whose positions Inlay 0.1 rounded in float32, on some processors to the number after the exact one."""
+"""Sizes of tensors whose positions Inlay 0.1 rounded in float32, on some processors one too far."""
 TOLERANCE = 2.0**-7
 """Relative; two roundings to bfloat16."""
 
