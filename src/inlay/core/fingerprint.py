@@ -38,9 +38,11 @@ def readable(weight: Any) -> TypeGuard[Tensor]:
 
 
 def fingerprint(host: Host) -> dict[str, Any]:
-    """{"shape": config values, "values": {place: 12 sampled weights}, "next": {place: the weights after them}}.
+    """{"shape": config values, "values": {place: 12 sampled weights}, "next": {place: the weights after them},
+    "form": what the weights are}.
 
-    `next` is there for tensors in `ROUNDED` only, so that fingerprints of Inlay 0.1 are still recognised.
+    `form` is there for bases that say in their config (`base_form`) that their weights are not the published ones, such
+    as dequantised ones; it goes wherever the fingerprint goes: adapters, checkpoints, evaluations. `next` is there for tensors in `ROUNDED` only, so that fingerprints of Inlay 0.1 are still recognised.
     """
     config = host.model.config
     shape = {k: v for k in SHAPE if (v := getattr(config, k, None)) is not None}
@@ -51,7 +53,9 @@ def fingerprint(host: Host) -> dict[str, Any]:
     sampled = {key: w for key, w in weights.items() if readable(w) and not w.is_meta}
     following = {key: _sample(w, after=1) for key, w in sampled.items() if w.numel() in ROUNDED}
     values = {key: _sample(w) for key, w in sampled.items()}
-    return {"shape": shape, "values": values, **({"next": following} if following else {})}
+    form = getattr(config, "base_form", None)
+    optional = {"next": following, "form": form}
+    return {"shape": shape, "values": values, **{k: v for k, v in optional.items() if v}}
 
 
 @functools.lru_cache(maxsize=64)
