@@ -113,7 +113,7 @@ class Report:
             "cells": [asdict(c) for c in self.cells],
             "average": {a: self.average(a) for a in self.adapters if self.whole(a)},
             "comparisons": [
-                {"first": a, "second": b, "dataset": d, **asdict(p)}
+                {**asdict(p), "first": a, "second": b, "only_first": p.first, "only_second": p.second, "dataset": d}
                 for a, b in itertools.combinations(self.adapters, 2)
                 for d, p in self.compare(a, b).items()
             ],
