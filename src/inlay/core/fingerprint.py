@@ -42,7 +42,8 @@ def fingerprint(host: Host) -> dict[str, Any]:
     "form": what the weights are}.
 
     `form` is there for bases that say in their config (`base_form`) that their weights are not the published ones, such
-    as dequantised ones; it goes wherever the fingerprint goes: adapters, checkpoints, evaluations. `next` is there for tensors in `ROUNDED` only, so that fingerprints of Inlay 0.1 are still recognised.
+    as dequantised ones; it goes wherever the fingerprint goes: adapters, checkpoints, evaluations. `next` is there for
+    tensors in `ROUNDED` only, so that fingerprints of Inlay 0.1 are still recognised.
     """
     config = host.model.config
     shape = {k: v for k in SHAPE if (v := getattr(config, k, None)) is not None}

@@ -6,15 +6,14 @@ Nothing of them is part of Inlay. See docs/real.md.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from inlay.core.errors import InlayError
-from inlay.core.files import new_folder, sha256
+from inlay.core.files import cache_folder, new_folder, sha256
 
 LAYOUT = 1
 """Part of a converted folder's name; a change in what `_convert` writes raises it."""
@@ -50,7 +49,7 @@ CATALOGUE = {
 def source(name: str) -> Path:
     """The installed GGUF file of a real base; raises InlayError where its package is missing."""
     real = CATALOGUE[name]
-    spec = importlib.util.find_spec(real.module)
+    spec = find_spec(real.module)
     folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec else []
     for folder in folders:
         if (folder / real.file).is_file():
@@ -66,13 +65,6 @@ def installed(name: str) -> bool:
         return False
 
 
-def cache() -> Path:
-    """The folder of converted bases: `INLAY_CACHE`, or `inlay` in the user's cache folder (`XDG_CACHE_HOME`)."""
-    if given := os.environ.get("INLAY_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlay"
-
-
 def path(name: str) -> Path:
     """The model folder of a real base, converted if it is not in the cache yet.
 
@@ -84,7 +76,7 @@ def path(name: str) -> Path:
     """
     file = source(name)
     stat = file.stat()
-    folder = cache() / f"{name}-{_checksum(file, stat.st_size, stat.st_mtime_ns)[:16]}-{LAYOUT}"
+    folder = cache_folder("bases") / f"{name}-{_checksum(file, stat.st_size, stat.st_mtime_ns)[:16]}-{LAYOUT}"
     if not folder.is_dir():
         try:
             _convert_alone(name, file, folder)
@@ -121,7 +113,7 @@ def _convert(real: Real, file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if missing := [m for m in ("gguf", "accelerate") if importlib.util.find_spec(m) is None]:
+    if missing := [m for m in ("gguf", "accelerate") if find_spec(m) is None]:
         raise InlayError(f"converting {file.name} needs {' and '.join(missing)}; run: {real.install}")
     read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = read.config
