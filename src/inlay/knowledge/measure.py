@@ -210,10 +210,12 @@ def _table(
         "features": targets.target.numpy(),
         "answer_features": mine.numpy(),
     }
+    form = getattr(host.model.config, "base_form", None)
     about = {
         "schema": SCHEMA,
         "key": key,
         "model": getattr(host.model.config, "_name_or_path", "") or host.anatomy.family,
+        **({"base_form": form} if form else {}),
         "items": items_digest(items),
         "settings": dataclasses.asdict(settings),
         "mean": None if targets.mean is None else targets.mean.tolist(),
