@@ -29,3 +29,12 @@ def shared() -> Path:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say that the tests on real bases did not run, if they did not."""
+    from inlay.models import real
+
+    for name, base in real.CATALOGUE.items():
+        if not real.installed(name):
+            terminalreporter.write_line(f"tests/real was skipped: {name} is not installed. To run it: {base.install}")

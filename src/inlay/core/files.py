@@ -149,6 +149,13 @@ def make_folder(path: Path) -> None:
         raise InlayError(f"cannot make the folder {path}: {why}; choose another one") from e
 
 
+def cache_folder(*parts: str) -> Path:
+    """A folder of the user's cache: `$INLAY_CACHE`, else `inlay` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("INLAY_CACHE")
+    root = Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlay"
+    return root.joinpath(*parts)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears under `path` only when the with-block has ended well. `path` must not exist.

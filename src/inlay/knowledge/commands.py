@@ -89,8 +89,9 @@ class MeasureFlags:
 def run_measure(s: MeasureFlags) -> tuple[Table, Path]:
     """(the table, its folder)."""
     import inlay
+    from inlay.core.files import cache_folder
     from inlay.knowledge.items import read_items
-    from inlay.knowledge.measure import cache_folder, measure
+    from inlay.knowledge.measure import measure
 
     how, items = s.how.made(), read_items(s.items, s.split)
     model, tokenizer = inlay.load_base(s.model, s.dtype, s.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,10 +210,12 @@ def _table(
         "features": targets.target.numpy(),
         "answer_features": mine.numpy(),
     }
+    form = getattr(host.model.config, "base_form", None)
     about = {
         "schema": SCHEMA,
         "key": key,
         "model": getattr(host.model.config, "_name_or_path", "") or host.anatomy.family,
+        **({"base_form": form} if form else {}),
         "items": items_digest(items),
         "settings": dataclasses.asdict(settings),
         "mean": None if targets.mean is None else targets.mean.tolist(),
@@ -245,10 +246,3 @@ def table_key(host: Host, tokenizer: Any, items: Sequence[Item], settings: Measu
     ]
     told = [SCHEMA, base_digest(host), items_digest(items), plain, hashlib.sha256(repr(tokens).encode()).hexdigest()]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder(*parts: str) -> Path:
-    """A folder of the user's cache: `$INLAY_CACHE`, else `inlay` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("INLAY_CACHE")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlay"
-    return root.joinpath(*parts)
