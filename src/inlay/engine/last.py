@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from inlay.compat import transformers as compat
 from inlay.core.host import Host
 from inlay.engine.linear import forwards
 
@@ -49,15 +49,12 @@ class _Last:
         if not self.served or read_N is None or len(read_N) > SHARE * whole.batch or hooked or not args:
             return type(self.block).forward(self.block, *args, **kwargs)
         work = functools.partial(self._narrowed, read_N, **kwargs)
-        if getattr(self.block, "gradient_checkpointing", False) and self.block.training:
-            return self.block._gradient_checkpointing_func(work, *args)
-        return work(*args)
+        checkpoint = compat.checkpoint_function(self.block) if compat.checkpoints(self.block) else None
+        return work(*args) if checkpoint is None else checkpoint(work, *args)
 
     def _block(self, *args: Any, **kwargs: Any) -> Any:
         """The block itself. Transformers checkpoints within `forward`; here that is done around it."""
-        forward = type(self.block).forward
-        inner = forward.__wrapped__ if isinstance(self.block, GradientCheckpointingLayer) else forward
-        return inner(self.block, *args, **kwargs)
+        return compat.own_forward(self.block)(self.block, *args, **kwargs)
 
     def _narrowed(self, read_N: Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = self.host.now

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inlay.compat.transformers import has_attention_interface
 from inlay.core.host import Host
 from inlay.core.layout import Layout
-from inlay.engine.attention import has_interface
 from inlay.engine.cache import dropped
 from inlay.engine.example import IGNORED, unlearned
 from inlay.engine.pack import takes_positions
@@ -116,7 +116,7 @@ def _head(ids: list[int], labels: list[int]) -> list[int]:
 
 def refused(host: Host) -> str:
     """Why, under the host's present plan, alike beginnings are not computed once; empty if they may be."""
-    if not (has_interface(host.model) and takes_positions(host.model)):
+    if not (has_attention_interface(host.model) and takes_positions(host.model)):
         return "this decoder is not told where a sequence goes on"
     if len(host.plan) > 1 or host.side:
         return "rows wear different adapters, or are given inputs of their own"

@@ -24,15 +24,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from inlay.api import attach
+from inlay.compat.transformers import attention_name, set_attention_name
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
-from inlay.engine.attention import set_attention
+from inlay.core.rounding import rounding
 from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, scored
 from inlay.engine.head import hidden, loss_sum, refused
 from inlay.engine.linear import forwards
 from inlay.engine.loss import at_a_time
-from inlay.engine.pack import Pack, pack, rounding
+from inlay.engine.pack import Pack, pack
 from inlay.engine.shared import beginning, laid
 from inlay.engine.steady import Steady
 
@@ -91,7 +92,7 @@ def packed_forward(model: Any) -> Iterator[Host]:
     host = own if isinstance(own, Host) else attach(inner)
     for p in learns:  # what PEFT or the user trains goes on learning
         p.requires_grad_(True)
-    stands_in = _Forward(host, inner.forward, inner.config._attn_implementation)
+    stands_in = _Forward(host, inner.forward, attention_name(inner.config))
     try:
         with host.decoder_only(), stands_in.engine, forwards({inner: stands_in.wrapped()}):
             stands_in.engage()
@@ -168,12 +169,12 @@ class _Forward:
     @contextlib.contextmanager
     def _own_attention(self) -> Iterator[None]:
         config = self.host.model.config
-        packed = config._attn_implementation
-        set_attention(config, self.attention)
+        packed = attention_name(config)
+        set_attention_name(config, self.attention)
         try:
             yield
         finally:
-            set_attention(config, packed)
+            set_attention_name(config, packed)
 
     def _unserved(self, given: dict[str, Any], flat: bool) -> str:
         """Why this call is not for the engine; empty if it is."""

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from inlay.compat import kv_cache
+from inlay.compat.transformers import has_attention_interface, unserved
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.room import plan_room
+from inlay.core.rounding import rounding
 from inlay.core.route import Worn
-from inlay.engine.attention import additive, attending, grouped, has_interface, strange
+from inlay.engine.attention import additive, attending, grouped
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import rounding, twice_biased
+from inlay.engine.pack import twice_biased
 from inlay.engine.reorder import Reordered
 from inlay.evaluate.batches import Tried, quiet, takes
 
@@ -84,7 +87,7 @@ class Slots(Cache):
     @contextlib.contextmanager
     def attending(self) -> Iterator[None]:
         """Within the block, the base attends to slots, and its products are as fast as they get."""
-        interface = has_interface(self.host.model)
+        interface = has_attention_interface(self.host.model)
 
         def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
             return None if interface else additive(self.sees(None), dtype)
@@ -167,8 +170,9 @@ class Slots(Cache):
         if self._with_keep:
             more["logits_to_keep"] = 1
         # Decoders with ALiBi count keys from it; who sees whom comes from `sees`.
+        cache = kv_cache.argument(self.host.model, self)
         begun = self.sees(None)[:, 0, -1].long()
-        out = self.host.model(input_ids=ids_BT, attention_mask=begun, past_key_values=self, use_cache=True, **more)
+        out = self.host.model(input_ids=ids_BT, attention_mask=begun, use_cache=True, **cache, **more)
         return out.logits[:, -1]
 
     # ---- attention ---------------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ class Slots(Cache):
         **more: Any,
     ) -> tuple[Tensor, None]:
         """q (B, H, T, D), k and v (B, H_kv, columns, D) -> (B, T, H, D)."""
-        if name := strange(more):
+        if name := unserved(more):
             raise InlayError(f"attention with {name!r} is not served")
         near = sliding_window if sliding_window and sliding_window < self._columns else None
         return grouped(query, key, value, self.sees(near), scaling, softcap).transpose(1, 2), None

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inlay.core.host import Host
+from inlay.core.rounding import rounding
 from inlay.engine import head, shared
 from inlay.engine.cache import Cache
 from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, Example, unlearned
 from inlay.engine.head import Read
-from inlay.engine.pack import Pack, budget, pack, packs, rounding
+from inlay.engine.pack import Pack, budget, pack, packs
 from inlay.engine.steady import Steady
 from inlay.train.batches import Batch, collate, digest
 from inlay.train.settings import TrainSettings
