@@ -13,8 +13,8 @@ from transformers.models.llama import modeling_llama
 
 import inlay
 from inlay.compat.source import has_body
-from inlay.compat.transformers import RMS_NORM_BODY, ROTARY_BODIES
-from inlay.engine import fused
+from inlay.compat.transformers import RMS_NORM_BODY, ROTARY, ROTARY_BODIES
+from inlay.engine import fused, norm, rotary
 from inlay.engine.steady import Steady, mapped
 from inlay.train.ways import Packed, Plain
 from tests.engine.test_fused import count_nodes
@@ -93,9 +93,9 @@ def test_nodes_change_nothing(family):
     host = dressed(family)
     with without("rms_norms", "rotary"):
         want, plain = gradients(host, "lora", Packed(host, 0, 14), LONG)
-    before = vars(modeling_llama)[rotary.NAME]
+    before = vars(modeling_llama)[ROTARY]
     got, found = gradients(host, "lora", Packed(host, 0, 14), LONG)
-    assert got == pytest.approx(want, rel=1e-6) and vars(modeling_llama)[rotary.NAME] is before
+    assert got == pytest.approx(want, rel=1e-6) and vars(modeling_llama)[ROTARY] is before
     alike(found, plain)
 
 

@@ -206,7 +206,8 @@ def test_a_trial_decides(monkeypatch, tmp_path):
 
     monkeypatch.setattr(shared, "tree", elsewhere)
     way, told = choose(host, "lora", settings(tmp_path), 0, ROWS)
-    assert isinstance(way, Packed) and not way.share and not told
+    assert isinstance(way, Packed) and not way.share and way.narrow
+    assert "computed for each of them: this model's loss would change from" in told and "last block" not in told
 
 
 @pytest.mark.parametrize(("dropout", "once"), [(0.0, True), (0.5, False)])

@@ -114,8 +114,12 @@ def _head(ids: list[int], labels: list[int]) -> list[int]:
     return ids[: max(0, unlearned(labels) - 1)]
 
 
-def refused(host: Host) -> str:
-    """Why, under the host's present plan, alike beginnings are not computed once; empty if they may be."""
+def refused(host: Host, training: bool | None = None) -> str:
+    """Why, under the host's present plan, alike beginnings are not computed once; empty if they may be.
+
+    Args:
+        training: whether the model trains; by default as it is now.
+    """
     if not (has_attention_interface(host.model) and takes_positions(host.model)):
         return "this decoder is not told where a sequence goes on"
     if len(host.plan) > 1 or host.side:
@@ -123,6 +127,7 @@ def refused(host: Host) -> str:
     worn = [host.edits[n] for n in host.plan[0]]
     if any(e.prompted for e in worn):
         return "edits of a prompt's last tokens treat alike tokens differently"
-    if host.model.training and (drawn := dropped(host.model) or next((e.kind for e in worn if e.draws), "")):
+    training = host.model.training if training is None else training
+    if training and (drawn := dropped(host.model) or next((e.kind for e in worn if e.draws), "")):
         return f"dropout is drawn for each example ({drawn})"
     return ""
