@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,38 +44,56 @@ def check(host: Host, model: nn.Module, cache: Any) -> None:
     Raises:
         InlayError: the two differ, or cannot be compared.
     """
+    once(host, model, type(cache), functools.partial(_both, host, model, cache))
+
+
+def once(host: Host, model: nn.Module, kind: type, both: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+    """Run a comparison, unless it was run before for the edits in use and this kind of cache.
+
+    Args:
+        both: number of the draw -> logits (rows, V) of the last token, with a cache of this kind and without one.
+            Called under a plan of one row for each different set of adapters that has virtual tokens or edits of single
+            positions.
+    """
     state = host.forward
     if state.checking or torch.compiler.is_compiling():
         return
-    kinds = tuple(sorted({host.edits[n].kind for row in host.plan for n in row if host.edits[n].positional}))
-    key = (type(model), type(cache), kinds)
-    if key in state.checked:
+    edits = tuple(sorted({host.edits[n].kind for row in host.plan for n in row if host.edits[n].positional}))
+    key = (type(model), kind, edits)
+    if not edits or key in state.checked:
         return
     with _aside(host, model):
         try:
-            why = _compare(host, model, cache)
+            why = _compare(host.dtype, both)
         except (InlayError, torch.OutOfMemoryError):
             raise
         except Exception as e:  # a decoder that nobody has seen may fail anywhere
             why = f"a first cached step failed with {type(e).__name__}: {e}"
     if why:
         raise InlayError(
-            f"{type(model).__name__} ({named('transformers')}) cannot be trusted with a KV cache under "
-            f"{', '.join(kinds)}: {why}; {kv_cache.CURE}"
+            f"{type(model).__name__} ({named('transformers')}) cannot be trusted with a KV cache ({kind.__name__}) "
+            f"under {', '.join(edits)}: {why}; {kv_cache.CURE}"
         )
     state.checked.add(key)
 
 
-def _compare(host: Host, model: nn.Module, cache: Any) -> str:
+def tokens(host: Host, rows: int, draw: int) -> Tensor:
+    """Ids (rows, `PROMPT` + 1) of a comparison."""
+    vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    place = torch.arange(rows * (PROMPT + 1), device=host.device).view(rows, -1)
+    return (7 * place + 31 * draw + 5) % vocabulary
+
+
+def _compare(dtype: torch.dtype, both: Callable[[int], tuple[Tensor, Tensor]]) -> str:
     """What is wrong with a cached step; empty if nothing is."""
     why = ""
     for draw in range(DRAWS):
-        got, want = _both(host, model, cache, draw)
+        got, want = both(draw)
         if got.shape != want.shape:
             return f"logits of shape {tuple(got.shape)} with a cache, {tuple(want.shape)} without"
         scale = float(want.abs().max())
         off = float((got - want).abs().max())
-        if not off > rounding(host.dtype) * scale:  # logits that are not numbers tell nothing
+        if not off > rounding(dtype) * scale:  # logits that are not numbers tell nothing
             return ""
         why = f"its logits would change by {off:.2g} (largest logit {scale:.2g})"
     return why
@@ -83,9 +102,7 @@ def _compare(host: Host, model: nn.Module, cache: Any) -> str:
 def _both(host: Host, model: nn.Module, cache: Any, draw: int) -> tuple[Tensor, Tensor]:
     """Logits (or hidden states) of the last token (rows, V) in float32: with a cache, and without."""
     rows = len(host.plan)
-    vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    place = torch.arange(rows * (PROMPT + 1), device=host.device).view(rows, -1)
-    ids = (7 * place + 31 * draw + 5) % vocabulary
+    ids = tokens(host, rows, draw)
     seen = torch.ones_like(ids)
     takes = kv_cache.parameters(model).takes
     with_cache, without = ({"use_cache": flag} if takes("use_cache") else {} for flag in (True, False))
@@ -101,8 +118,8 @@ def _both(host: Host, model: nn.Module, cache: Any, draw: int) -> tuple[Tensor, 
     _counts(own, wide + PROMPT + 1)
     got = _last(out)
 
-    host.forward.prompt_B = torch.full((rows,), PROMPT, device=host.device)
-    return got, _last(model(input_ids=ids, attention_mask=seen, **without))
+    with host.prompts([PROMPT] * rows):
+        return got, _last(model(input_ids=ids, attention_mask=seen, **without))
 
 
 def _fresh(cache: Any) -> Any:

@@ -24,7 +24,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from inlay.api import attach
+from inlay.compat.peft import base_model, has_virtual_tokens
 from inlay.compat.transformers import attention_name, set_attention_name
+from inlay.compat.trl import FUSED_HEAD
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.rounding import rounding
@@ -39,7 +41,7 @@ from inlay.engine.steady import Steady
 
 SPARED = ("use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Arguments that packing makes needless."""
-READ = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch", "fused_lm_head")
+READ = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch", FUSED_HEAD)
 
 
 class PackingCollator:
@@ -83,10 +85,9 @@ def packed_forward(model: Any) -> Iterator[Host]:
     """
     if isinstance(model, Host):
         model = model.model
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         raise InlayError("PEFT puts virtual tokens before rows, not into packs; train these without packed_forward")
-    inner = model.get_base_model() if config is not None else model
+    inner = base_model(model)
     own = getattr(inner, "_inlay_host", None)
     learns = [p for p in inner.parameters() if p.requires_grad]
     host = own if isinstance(own, Host) else attach(inner)
@@ -104,7 +105,7 @@ def packed_forward(model: Any) -> Iterator[Host]:
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """What TRL asks of a forward: per next token (B, T - 1), zero where none is learned."""
+    """What TRL asks of a forward (`compat.trl.TOKEN_OUTPUTS`): per next token (B, T - 1), zero where none is learned."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -261,7 +262,7 @@ class _Forward:
         made = self._pack(ids, labels)
         count = given.get("num_items_in_batch")
         count = max(made.learned, 1) if count is None else count
-        if not given.get("fused_lm_head"):
+        if not given.get(FUSED_HEAD):
             return CausalLMOutputWithPast(loss=loss_sum(self.host, made) / count)
         where = given["labels"][:, 1:] != IGNORED
         if given.get("attention_mask") is None and given.get("position_ids") is not None:
