@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from inlay.compat.torch import observed
+
 
 @functools.cache
 def has_other() -> bool:
@@ -108,7 +110,7 @@ def add_rows_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tens
 
 def looked_on() -> bool:
     """Whether a compiler or a transform of functions (vmap) looks on: they see through plain operations only."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return observed()
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = None, over: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from inlay.api import save
+from inlay.compat.trl import is_trl
 from inlay.core.errors import InlayError, unknown
 from inlay.core.files import replace_file
 from inlay.core.fingerprint import fingerprint
@@ -56,7 +57,7 @@ class AdapterCallback(TrainerCallback):
                 f"{self.edit.kind} adds a penalty to the loss; it cannot be scaled under fp16 or DeepSpeed: use bf16"
             )
         roles = {s.spot.role for s in self.host.sites.values() if self.name in s.places}
-        if "head" in roles and any(c.__module__.startswith("trl.") for c in type(args).__mro__):
+        if "head" in roles and is_trl(args):
             raise InlayError(
                 "TRL multiplies by the head's weight itself and never calls the head, so an adapter there would not "
                 "learn: leave 'head' out of the placement, or use Trainer or inlay.train"

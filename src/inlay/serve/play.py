@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from inlay.api import attach
+from inlay.compat.gradio import mount
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.library.bank import Bank
@@ -70,8 +71,7 @@ def build(s: PlaySettings, host: Host, tokenizer: Any) -> tuple[FastAPI, Batcher
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     playground = Playground(batcher, adapters, Texts(tokenizer, vocabulary, s.template), s.timeout)
     page = make_page(playground, s.model.rstrip("/").rpartition("/")[2])
-    app = gr.mount_gradio_app(FastAPI(), page, "", footer_links=[], theme=_theme(), css=cards.CSS, show_error=True,
-                              run_history=False)  # fmt: skip
+    app = mount(FastAPI(), page, "", footer_links=[], theme=_theme(), css=cards.CSS, show_error=True, run_history=False)
     batcher.start()
     return app, batcher
 
