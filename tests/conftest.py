@@ -29,3 +29,14 @@ def shared() -> Path:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request, monkeypatch) -> str:
+    """The library of float32 products on CPUs: a test that asks for it runs with each, whatever the processor."""
+    from inlay.core import processor
+
+    if request.param == "onednn" and not processor.has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(processor, "product_library", lambda: request.param)
+    return request.param

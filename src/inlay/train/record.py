@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from inlay.core import processor
 from inlay.core.errors import InlayError
 from inlay.core.files import make_folder, write_text
 from inlay.engine import cache
@@ -147,6 +148,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         else f"{device.type} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **processor.describe(),
     }
 
 
