@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
+import runpy
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core import processor
 from inlay.core import product as products
+from inlay.core.errors import InlayError
 from inlay.engine.fused import Linears
 from inlay.engine.linear import plain
 from inlay.engine.loss import linear_cross_entropies
@@ -216,20 +215,26 @@ def test_a_copy_is_made_only_of_what_stands_askew():
     assert torch.equal(moved, t[1:]) and moved.data_ptr() % products.ALIGNMENT == 0
 
 
-def library_in(code: str = "", **environment: str) -> subprocess.CompletedProcess:
-    show = "from inlay.core import processor; print(processor.product_library(), processor.allows_onednn())"
-    return subprocess.run(
-        [sys.executable, "-c", code or show], capture_output=True, text=True, env=os.environ | environment
-    )
+def test_the_environment_chooses_the_library(monkeypatch):
+    monkeypatch.setattr(processor, "product_library", processor.product_library.__wrapped__)  # as if never asked before
+    for asked in ("mkl", "onednn") if processor.has_onednn() else ("mkl",):
+        monkeypatch.setenv(processor.VARIABLE, asked)
+        assert processor.product_library() == asked and processor.allows_onednn() == (asked == "onednn")
+    automatic = set()
+    for asked in ("auto", ""):
+        monkeypatch.setenv(processor.VARIABLE, asked)
+        automatic.add(processor.product_library())
+    assert len(automatic) == 1
 
 
-def test_the_environment_chooses_the_library():
-    assert library_in(INLAY_CPU_PRODUCTS="mkl").stdout.split() == ["mkl", "False"]
-    if processor.has_onednn():
-        assert library_in(INLAY_CPU_PRODUCTS="onednn").stdout.split() == ["onednn", "True"]
-    assert library_in(INLAY_CPU_PRODUCTS="auto").stdout == library_in(INLAY_CPU_PRODUCTS="").stdout
-    wrong = library_in("import inlay; inlay.attach", INLAY_CPU_PRODUCTS="amx")
-    assert wrong.returncode and "INLAY_CPU_PRODUCTS=amx is not one of auto, mkl, onednn" in wrong.stderr
+def test_a_wrong_choice_is_refused_at_import(monkeypatch):
+    monkeypatch.setenv(processor.VARIABLE, "amx")
+    with pytest.raises(InlayError, match="INLAY_CPU_PRODUCTS=amx is not one of auto, mkl, onednn"):
+        runpy.run_path(processor.__file__)
+    monkeypatch.setenv(processor.VARIABLE, "onednn")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(InlayError, match="has no oneDNN; use auto"):
+        runpy.run_path(processor.__file__)
 
 
 def test_the_automatic_choice_rests_on_the_maker(monkeypatch):
