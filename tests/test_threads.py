@@ -44,6 +44,16 @@ def test_a_given_number_is_set_and_returned():
     assert threads.set_threads(1) == torch.get_num_threads() == 1
 
 
+def test_a_resumed_run_keeps_its_number_unless_the_user_chose_one(monkeypatch, system):
+    torch.set_num_threads(3)
+    assert threads.keep_threads(2) == 3, "the user's"
+    torch.set_num_threads(8)
+    monkeypatch.setattr(threads, "busy_elsewhere", lambda: 2.0)
+    assert threads.set_threads(None) == 4
+    assert threads.keep_threads(None) == 4 and threads.keep_threads(64) == 4, "unknown, or of a larger machine"
+    assert threads.keep_threads(2) == torch.get_num_threads() == 2
+
+
 @pytest.mark.parametrize("number", [0, -3])
 def test_fewer_than_one_is_refused(number):
     with pytest.raises(InlayError, match=f"at least 1, not {number}"):

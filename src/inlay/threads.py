@@ -48,6 +48,19 @@ def set_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
+def keep_threads(threads: int | None) -> int:
+    """Take the number of threads of a run that is resumed, so that sums keep their order, and return the number in use.
+
+    Nothing changes where the number in use is the user's choice, or PyTorch's, or where this machine has fewer cores.
+    """
+    import torch
+
+    now = torch.get_num_threads()
+    if threads is not None and threads != now == _last_default and threads <= usable_cores():
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
 def default_threads() -> int:
     """Cores that this process may use and that no other process keeps busy; at least 1."""
     return max(1, min(usable_cores(), round(cpu_quota() - busy_elsewhere())))

@@ -169,6 +169,14 @@ def _commit() -> str | None:
     return None
 
 
+def threads_of(run_dir: Path) -> int | None:
+    """The number of threads of a run's last session; None where nothing tells."""
+    try:
+        return int(json.loads((run_dir / "environment.json").read_text())["sessions"][-1]["threads"])
+    except (OSError, ValueError, LookupError):
+        return None
+
+
 def write_environment(run_dir: Path, device: torch.device, step: int, **more: Any) -> list[str]:
     """Add this session, and `more` of what it computes with, to `environment.json`; returns in what it differs from the
     one before."""
