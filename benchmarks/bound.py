@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,9 +97,7 @@ def work(config: Any, cut: Sequence[Sequence[Row]]) -> float:
 
 def default_products() -> None:
     """Let this process multiply as PyTorch does by default: what is left is everything but the choice of library."""
-    from inlay.core import product
-    from inlay.engine import linear, reorder
+    from inlay.core import processor
 
-    for module in (product, linear, reorder):
-        module.slow_default = lambda: False  # type: ignore[assignment, attr-defined]
-    reorder.has_other = lambda: False  # type: ignore[assignment]
+    os.environ[processor.VARIABLE] = "mkl"
+    processor.product_library.cache_clear()

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from inlay.core import files
+from inlay.core import files, processor
 from inlay.core.errors import InlayError
 from inlay.train import checkpoint, fit
+from inlay.train.record import threads_of
 from tests.train.tiny import copy, rows, same, settings, wearing
 
 KILLED = {"method": "lora", "dropout": 0.1}
@@ -433,3 +434,17 @@ def test_random_states_round_trip():
     first = draws()
     checkpoint.set_random_states(states)
     assert draws() == first
+
+
+def test_another_library_for_products_is_reported(tmp_path, monkeypatch, capsys):
+    """A run goes on, and says that its bits may differ from here on."""
+    s, data = settings(tmp_path, keep_last=9), rows(8)
+    libraries = ["mkl", "onednn"] if processor.has_onednn() else ["mkl", "mkl"]
+    for library, resume in zip(libraries, (False, tmp_path / "checkpoint-4"), strict=True):
+        monkeypatch.setattr(processor, "product_library", lambda library=library: library)
+        fit(wearing(), "a", data, [], s, tmp_path, None, resume=resume)
+    sessions = json.loads((tmp_path / "environment.json").read_text())["sessions"]
+    assert [session["cpu_products"] for session in sessions] == libraries
+    reported = capsys.readouterr().err.replace("\n", " ")
+    assert ("cpu_products: 'mkl' before, 'onednn' now" in reported) == (len(set(libraries)) == 2)
+    assert threads_of(tmp_path) == torch.get_num_threads() and threads_of(tmp_path / "nothing") is None

@@ -15,6 +15,7 @@ from inlay.core.errors import InlayError
 from inlay.core.fold import Folded, fold
 from inlay.core.held import Held, Layout
 from inlay.core.place import Place
+from inlay.core.product import aligned
 from inlay.core.recipe import Recipe, recipe
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ class Shelf(dict[str, Folded]):
 
     def _fold(self, edit: Edit, places: list[Place], tensors: Mapping[str, Tensor]) -> Folded:
         device = self._host.device
-        everywhere = {k.removeprefix("shared/"): t.to(device) for k, t in tensors.items() if k.startswith("shared/")}
+        # Views of a file start anywhere: what is multiplied must stand as it does in a hung adapter, for equal bits.
+        tensors = {k: aligned(t.to(device)) for k, t in tensors.items()}
+        everywhere = {k.removeprefix("shared/"): t for k, t in tensors.items() if k.startswith("shared/")}
         own: dict[str, dict[str, Tensor]] = {p.key: {} for p in places}
         for key, t in tensors.items():
             place, _, k = key.rpartition("/")
             if place != "shared":
-                own[place][k] = t.to(device)
+                own[place][k] = t
         return fold(edit, places, {p: {**everywhere, **w} for p, w in own.items()}, self.dtype)
 
     def _kind(self, edit: Edit, at: str | tuple[str, ...] | None) -> _Kind:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import InlayError
 from inlay.core.files import sha256
+from inlay.threads import keep_threads
 from inlay.train.ahead import Ahead
 from inlay.train.fitting import RunResult, fit
 from inlay.train.loop import seed_everything
 from inlay.train.ranks import Team, joined, place, spread
-from inlay.train.record import check
+from inlay.train.record import check, threads_of
 from inlay.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _train(
     edit = row.make(**settings.settings)
     known_device(settings.run.device)
     team.from_first(lambda: check(settings.out, settings, resume, overwrite))
+    if resume:
+        keep_threads(threads_of(settings.out))
     teach = plan(settings, settings.run.progress and team.first)
     # A base to be sharded is taken to the devices block by block.
     device = "cpu" if spread(settings.run.parallel, team.size)[0] else str(place(settings.run.device))
