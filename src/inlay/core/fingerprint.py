@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from inlay.core.config import text_config
+
 if TYPE_CHECKING:
     from inlay.core.host import Host
 
@@ -36,7 +38,7 @@ def readable(weight: Any) -> TypeGuard[Tensor]:
 
 def fingerprint(host: Host) -> dict[str, Any]:
     """{"shape": config values, "values": {place: 12 sampled weights}}."""
-    config = host.model.config
+    config = text_config(host.model.config)
     shape = {k: v for k in SHAPE if (v := getattr(config, k, None)) is not None}
     keys = {key: key.replace("last", str(host.anatomy.layers - 1)) for key in SAMPLED}
     paths = {s.key: s.path for s in host.anatomy.spots if s.part is None and s.key in keys.values()}

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from inlay.api import attach
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.engine.attention import set_attention
@@ -189,7 +190,7 @@ class _Forward:
             return "rows are not padded on the right"
         if mask is not None and bool(labels[mask == 0].ne(IGNORED).any()):
             return "labels of the padding are not -100"
-        router = getattr(self.host.model.config.get_text_config(), "output_router_logits", False)  # type: ignore[operator, union-attr]
+        router = getattr(text_config(self.host.model.config), "output_router_logits", False)
         return "the loss has a term of the experts' router" if router else ""
 
     def _few(self, ids: list[list[int]], labels: list[list[int]]) -> list[list[list[int]]]:
