@@ -43,9 +43,10 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"original_max_position_embeddings|max_seq_len|max_target_positions|max_source_positions", 128),
     (r"image_size", 28),
     (r"patch_size", 14),
-    (r"base_channels", HIDDEN),
+    (r"base_channels|adapter_(in|out)_dim|adapter_(input|output)_size", HIDDEN),
     (r"encoder_hash_byte_group_vocab", 50),
     (r"query_pre_attn_scalar", 8),
+    (r"index_topk", 4),
 )
 """Patterns of field names (whole), and what a field of that name becomes; the first that fits counts."""
 
@@ -119,15 +120,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3n": {"vision_config": CLIP},
     "perception_lm": {"vision_config": CLIP},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}},
-    "glm5_next_text": {"qk_rope_head_dim": 0},
     "hunyuan_vl_text": {"head_dim": 8, **MROPE},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-    },
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "n_mamba_heads": 8,
@@ -181,16 +174,27 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "kosmos-2": {"latent_query_num": 2},
     "muse_spark_audio": {"hidden_sizes": (32,) * 4, "depths": (1,) * 4},
-    "dots3_note": {
-        "vision_config": {
-            "per_layer_config": {},
-            "mlp_layer_types": ["dense", "sparse"] * 2,
-            "adapter_in_dim": 32,
-            "adapter_out_dim": 32,
-        }
-    },
-    "apertus1p5": {"audio_config": {"codebook_dim": 32}},
     "mistral4": {"head_dim": 16},
+    "apertus1p5": {
+        "vision_config": {"codebook_size": 16},
+        "audio_config": {"codebook_size": 16, "codebook_dim": 32},
+        "image_token_offset": 100,
+        "audio_token_offset": 116,
+    },
+    "dots3_note": {"vision_config": {"per_layer_config": {}, "mlp_layer_types": ["dense", "sparse"] * 2}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 4,
+    },
+    "glm5_next_text": {"qk_rope_head_dim": 0, "index_kpool": 2},
+    "falcon_h1": {"mamba_chunk_size": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "index_topk": 2,
+    },
 }
 """Type -> further fields of its configuration."""
 
@@ -215,15 +219,27 @@ def _with_tokens(pixels: Inputs, token: int) -> Inputs:
     return made
 
 
+def _beside(name: str) -> Inputs:
+    """Hidden states of an encoder."""
+    return lambda ids: {name: torch.linspace(-1, 1, 4 * HIDDEN).view(1, 4, HIDDEN)}
+
+
+CROSS = "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart".split()
+CROSS += "prophetnet trocr".split()
+"""Decoders that attend to an encoder, if they are given its states."""
+
 INPUTS: dict[str, Inputs] = {
+    **{kind: _beside("encoder_hidden_states") for kind in CROSS},
+    "whisper": lambda ids: {"encoder_outputs": (_beside("states")(ids)["states"],)},
+    "mllama": _beside("cross_attention_states"),
     "blip": _pixels(1),
     "blip-2": _with_tokens(_pixels(1), 159),
     "idefics": lambda ids: {**_pixels(1, 1)(ids), "image_attention_mask": torch.ones(*ids.shape, 1)},
     "instructblip": lambda ids: {**_with_tokens(_pixels(1), 159)(ids), "qformer_input_ids": ids},
     "instructblipvideo": lambda ids: {**_with_tokens(_pixels(1, 1), 159)(ids), "qformer_input_ids": ids},
     "kosmos-2": lambda ids: {**_pixels(1)(ids), "image_embeds_position_mask": torch.arange(ids.shape[1])[None] < 2},
-    "musicgen": lambda ids: {"input_ids": ids.repeat(4, 1)},
-    "musicgen_melody": lambda ids: {"input_ids": ids.repeat(4, 1)},
+    "musicgen": lambda ids: {"input_ids": ids.repeat(4, 1), **_beside("encoder_hidden_states")(ids)},
+    "musicgen_melody": lambda ids: {"input_ids": ids.repeat(4, 1), **_beside("encoder_hidden_states")(ids)},
     "pix2struct": lambda ids: {"flattened_patches": torch.ones(1, 4, 34), "decoder_input_ids": ids},
     "pp_formulanet": lambda ids: {**_pixels(1)(ids), "decoder_input_ids": ids},
     "t5gemma2": lambda ids: {"decoder_input_ids": ids},
@@ -316,7 +332,7 @@ def model(kind: str, auto: str) -> Any:
 def inputs(kind: str, auto: str, rows: int = 1) -> dict[str, torch.Tensor]:
     """What a forward of this type needs: ids, and pictures where it does not go without."""
     ids = torch.randint(3, 90, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
-    more = INPUTS[kind](ids) if kind in INPUTS and (auto == IMAGES or kind.startswith("musicgen")) else {}
+    more = INPUTS[kind](ids) if kind in INPUTS else {}
     return {"input_ids": ids, **more}
 
 

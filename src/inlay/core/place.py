@@ -4,17 +4,17 @@ The language, used by the API, the command line and recipes alike, is a comma-se
 
     target[:wiring][@layers]
 
-- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where they are fused, and what
-  else a decoder has: `router`, `shared_gate`, `q_a`, `in_proj` ...), `linear` for every linear of the decoder's blocks,
-  a role of another part of the model (`vision.q`, `vision.linear`, `connector`), or a pattern of module paths
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where they are fused, and
+  what else a decoder has: `router`, `shared_gate`, `q_a`, `in_proj` ...), `linear` for every linear of its blocks, a
+  role of another part of the model (`vision.q`, `vision.linear`, `connector`), or a pattern of module paths
   (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
 - layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`. They hold for their item and for the
   items before it that name none: `q,v@0-3` is q and v in layers 0 to 3.
 
-Whatever matches nothing is an error that names what exists; a role that some layers lack, and matrices that `linear` does
-not reach, are warnings.
+Whatever matches nothing is an error that names what exists. A role that some layers lack, and matrices that `linear`
+does not reach, are warnings.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Anatomy:
     """Blocks of the decoder."""
     spots: tuple[Spot, ...]
     unreached: tuple[str, ...] = ()
-    """Matrices of the language model that `linear` does not reach: parameters that belong to no linear (experts, routers),
-    and linears outside the blocks."""
+    """Matrices of the language model that `linear` does not reach: parameters that belong to no linear (experts,
+    routers), and linears outside the blocks."""
     hidden: int | None = None
     """Width of the decoder's residual stream; None: as the model's configuration says."""
 

@@ -1,7 +1,7 @@
 """The roles of one model: from the table of families where it knows them, else read off its modules, block by block.
 
-Blocks need not be alike: a decoder with attention here and a state-space layer there has the roles of both, each where it
-is. What stands beside the decoder has roles of its own: `vision.q`, `audio.linear`, `connector`.
+Blocks need not be alike: a decoder with attention here and a state-space layer there has the roles of both, each where
+it is. What stands beside the decoder has roles of its own: `vision.q`, `audio.linear`, `connector`.
 """
 
 from __future__ import annotations
@@ -64,15 +64,20 @@ class _Reader:
         inside = tuple(f"{s}." for s in self.parts.stacks)
         beside = {n: m for n, m in self.model.named_modules() if n and not n.startswith(inside)}
         mine = {n: m for n, m in beside.items() if self.parts.of(n) in ("", "head")}
+        ends = (self.parts.head or "-", self.parts.embed or "-")
         for path, module in mine.items():
-            if path not in (self.parts.head, self.parts.embed) and roles.is_linear(module) and self._new(module):
+            if not path.startswith(ends) and roles.is_linear(module) and self._new(module):
                 self.unreached.append(path)
-                yield Spot(path, _last_name(path), None, path)
+                name = path.removeprefix(self.parts.decoder).strip(".").replace(".", "_")
+                yield Spot(path, name, None, path)
         for path, module in mine.items():
             if _is_norm(module):
                 yield Spot(f"norm.{path}", "norm", None, path)
         if self.parts.head:
-            yield Spot("head", "head", None, self.parts.head)
+            head = self.model.get_submodule(self.parts.head)
+            several = [f".{n}" for n, _ in head.named_children()] if isinstance(head, nn.ModuleList) else [""]
+            for n in several:
+                yield Spot(f"head{n}", "head", None, self.parts.head + n)
 
     def towers(self) -> Iterator[Spot]:
         """Spots of the parts beside the decoder, their roles after the part's name."""

@@ -1,6 +1,6 @@
 """Finding the decoder of a model, its blocks, and what stands beside it: vision and audio towers, encoder, connector.
 
-The decoder is what the model itself names (`get_decoder`), so that no tower is taken for it, however many blocks it has.
+The decoder is what the model itself names (`get_decoder`): no tower is taken for it, however many blocks it has.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ CONNECTOR = re.compile(
 TOWERS = (
     ("video", re.compile(r"video_tower")),
     ("vision", re.compile(r"vision|visual|image|img|pixel|vq|sam_encoder|vit\b|generation_head|generation_embed")),
+    ("patcher", re.compile(r"patcher")),
     ("audio", re.compile(r"audio|speech|sound|wav")),
 )
 """What a module's name says of the part of the model that it belongs to."""
@@ -76,7 +77,7 @@ def find(model: nn.Module, blocks: str | None = None, embed: str | None = None, 
     decoder = blocks.rpartition(".")[0] if blocks else _decoder(model, names)
     lists = _lists(model)
     found = Parts(decoder, [blocks] if blocks else [], embed or _end(model, names, "get_input_embeddings"), None)
-    found.head = head if head and head in names.values() else _end(model, names, "get_output_embeddings")
+    found.head = head if head and head in names.values() else _end(model, names, "get_output_embeddings", decoder)
     if not blocks:
         mine = [n for n in lists if _below(n, decoder)]
         if any(_mentions(n, decoder, "decoder") for n in mine):  # an encoder beside it is a part of its own
@@ -84,8 +85,9 @@ def find(model: nn.Module, blocks: str | None = None, embed: str | None = None, 
         found.stacks = [n for n in mine if not found.of(n)]
     if not found.stacks:
         raise InlayError(
-            f"cannot tell the language model's blocks in {type(model).__name__}: its decoder is {decoder or 'itself'!r}, "
-            f"and its lists of blocks are {', '.join(lists) or 'none'}; add an entry to inlay.models.families"
+            f"cannot tell which blocks of {type(model).__name__} are its language model's: its decoder is "
+            f"{decoder or 'the model'!r}, its lists of blocks are {', '.join(lists) or 'none'}; add an entry to "
+            "inlay.models.families"
         )
     for name in lists:
         if name not in found.stacks and (part := found.of(name)):
@@ -100,19 +102,26 @@ def _mentions(path: str, decoder: str, word: str) -> bool:
 def _decoder(model: nn.Module, names: dict[int, str]) -> str:
     """Path of the language model as the model names it, else of what holds its embedding."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
-    if isinstance(inner, nn.Module) and names.get(id(inner)):
+    if isinstance(inner, nn.Module) and names.get(id(inner)) and _lists(inner):
         return names[id(inner)]
     embed = _end(model, names, "get_input_embeddings")
-    return embed.rpartition(".")[0] if embed else ""
+    root = embed.rpartition(".")[0] if embed else ""
+    while root and not _lists(model.get_submodule(root)):
+        root = root.rpartition(".")[0]
+    return root
 
 
-def _end(model: nn.Module, names: dict[int, str], get: str) -> str | None:
-    """Path of the embedding or the head; None where the model has none or does not say which."""
-    try:
-        module = getattr(model, get)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return names.get(id(module)) if isinstance(module, nn.Module) else None
+def _end(model: nn.Module, names: dict[int, str], get: str, decoder: str = "") -> str | None:
+    """Path of the embedding or the head, as the model or what holds its decoder says; None if neither does."""
+    holders = [decoder.rsplit(".", i)[0] for i in range(decoder.count(".") + 1)] if decoder else []
+    for holder in (model, *(model.get_submodule(h) for h in reversed(holders))):
+        try:
+            module = getattr(holder, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module) and id(module) in names:
+            return names[id(module)]
+    return None
 
 
 def _lists(model: nn.Module) -> list[str]:

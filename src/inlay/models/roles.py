@@ -15,6 +15,8 @@ Nothing is left without a name: `linear` is every linear of a block, whatever it
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,7 +30,20 @@ ATTENTION = {
     "q": ("q_proj", "q_attn", "query", "query_proj", "wq", "q_lin", "q", "project_q"),
     "k": ("k_proj", "k_attn", "key", "key_proj", "wk", "k_lin", "k", "project_k"),
     "v": ("v_proj", "v_attn", "value", "value_proj", "wv", "v_lin", "v", "project_v"),
-    "o": ("o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin", "o", "attention_out", "output", "linear_out"),
+    "o": (
+        "o_proj",
+        "out_proj",
+        "c_proj",
+        "dense",
+        "wo",
+        "out_lin",
+        "o",
+        "attention_out",
+        "output",
+        "linear_out",
+        "proj",
+        "projection",
+    ),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "wqkv", "qkv"),
     "q_a": ("q_a_proj",),
     "q_b": ("q_b_proj",),
@@ -49,7 +64,8 @@ GENERIC = ("linear", "lin", "proj", "layer", "dense", "wg", "classifier", "fc")
 
 SHARED = re.compile(r"shared?_(experts?|mlp)|shared_experts?")
 CROSS = re.compile(r"cross|enc(oder)?_?(dec_)?att|EncDec", re.I)
-LINEAR_ATTENTION = re.compile(r"linear_attn|DeltaNet|LinearAttention|Lightning|mamba", re.I)
+LINEAR_ATTENTION = re.compile(r"linear_attn|DeltaNet|LinearAttention|Lightning|mamba|lstm", re.I)
+FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn|moe|experts?", re.I)
 HELPERS = ("indexer", "compressor", "forget_gate")
 
 
@@ -87,8 +103,27 @@ _PLAIN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """{path in the block: linear}, in the block's order."""
-    return {p: m for p, m in block.named_modules() if p and is_linear(m)}
+    """{path in the block: linear}, in the block's order; without those that are never called."""
+    modules = dict(block.named_modules())
+    return {p: m for p, m in modules.items() if p and is_linear(m) and not _only_read(p, modules)}
+
+
+def _only_read(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the layer above multiplies by this linear's weight instead of calling it (Mamba's `dt_proj`), as its source
+    says: hooks would not run. A source that cannot be read says nothing."""
+    above, _, leaf = path.rpartition(".")
+    return leaf.isidentifier() and _reads(type(modules[above]), leaf)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reads(kind: type, leaf: str) -> bool:
+    try:
+        source = "".join(inspect.getsource(c) for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
+    except (OSError, TypeError):
+        return False
+    weight = rf"self\.{leaf}\.weight"
+    multiplied = re.search(rf"{weight}\s*@|@\s*{weight}|linear\([^()]*{weight}", source)
+    return bool(multiplied or (re.search(weight, source) and not re.search(rf"self\.{leaf}\(", source)))
 
 
 def linear_roles(block: nn.Module, known: Mapping[str, str]) -> dict[str, str]:
@@ -121,7 +156,7 @@ def _qualified(name: str, path: str) -> str:
 def role(path: str, modules: Mapping[str, nn.Module]) -> str:
     """What a linear at this path of its block is called."""
     parts = path.split(".")
-    above = [type(modules[".".join(parts[:i])]).__name__ for i in range(1, len(parts))]
+    above = [type(modules[".".join(parts[:i])]).__name__ for i in range(len(parts))]
     leaf, inside = parts[-1], parts[:-1]
     names = [s for s in parts if not s.isdigit()]
     if "router" in names or leaf == "gate" or "gate" in inside:
@@ -129,10 +164,11 @@ def role(path: str, modules: Mapping[str, nn.Module]) -> str:
         return "router" if not rest or rest[-1] in GENERIC else f"router_{rest[-1]}"
     if helper := next((h for h in HELPERS if h in inside), None):
         return f"{helper}_{leaf}"
-    context = [*inside, *above]
-    attends = any("att" in s.lower() for s in context)
-    state_space = any(LINEAR_ATTENTION.search(s) for s in context)
-    crossing = any(CROSS.search(s) for s in context)
+    if norm := next((s for s in inside if "norm" in s and "att" not in s.replace("post_attention", "")), None):
+        return f"{norm}_{leaf}"  # a norm with products of its own
+    attends = _attends(inside, above)
+    state_space = any(LINEAR_ATTENTION.search(s) for s in [*inside, *above])
+    crossing = any(CROSS.search(s) for s in [*inside, *above])
     table = ATTENTION if attends else MLP
     spelt = _spelt(leaf, table)
     if spelt is None and leaf in GENERIC and len(names) > 1:
@@ -148,13 +184,20 @@ def role(path: str, modules: Mapping[str, nn.Module]) -> str:
     return f"cross_{spelt}" if crossing and attends else spelt
 
 
+def _attends(inside: list[str], above: list[str]) -> bool:
+    """Whether a linear belongs to attention: by the names above it, else by the classes."""
+    if any(re.search("att|mlstm", s, re.I) for s in inside):
+        return True
+    return not any(FEED_FORWARD.search(s) for s in inside) and any(re.search(r"Att(entio)?n$", c) for c in above[-1:])
+
+
 def _spelt(leaf: str, table: Mapping[str, tuple[str, ...]]) -> str | None:
     return next((r for r, spellings in table.items() if leaf.lower() in spellings), None)
 
 
 def _bert(names: list[str], attends: bool) -> str | None:
     """BERT and its kin: `intermediate.dense` and `output.dense` beside attention are the MLP."""
-    return None if attends else {"intermediate": "up", "output": "down"}.get(names[-2])
+    return None if attends else {"intermediate": "up", "dense": "up", "output": "down"}.get(names[-2])
 
 
 def _other(leaf: str, names: list[str], attends: bool) -> str:
@@ -163,12 +206,12 @@ def _other(leaf: str, names: list[str], attends: bool) -> str:
         return f"attn_{mlp}"
     alone = not (leaf.isdigit() or leaf in GENERIC or _spelt(leaf, ATTENTION)) or leaf in ("out_proj", "c_proj")
     above = names if leaf.isdigit() else names[:-1]
-    return leaf if alone or not above else f"{above[-1]}_{leaf}"
+    return leaf if alone else f"{above[-1]}_{leaf}" if above else f"block_{leaf}"
 
 
 # ---- sub-layers ------------------------------------------------------------------------------------------------------
 ATTN = re.compile(r"(self_?)?(linear_?)?att(n|ention|)?", re.I)
-FFN = re.compile(r".*(mlp|feed_?forward|ffn|moe|^ff)", re.I)
+FFN = re.compile(r".*(mlp|feed_?forward|ffn|moe)(_block)?|ff", re.I)
 NO_SUBLAYER = re.compile(r"norm|hyper|_hc|dropout|router", re.I)
 
 
@@ -192,7 +235,7 @@ def _sublayer(name: str, module: nn.Module) -> str:
     kind = type(module).__name__
     if CROSS.search(name):
         return "cross_attn"
-    if "att" in name.lower() or (name == "mixer" and "Attention" in kind):
+    if "att" in name.lower() or kind.endswith("Attention"):
         return "attn"
     if FFN.fullmatch(name) or (name == "mixer" and re.search(r"MLP|MoE", kind, re.I)):
         return "mlp"
@@ -219,5 +262,5 @@ def raw_matrices(module: nn.Module, reached: set[int]) -> Iterator[str]:
         if id(inner) in reached or isinstance(inner, CALLED) or type(inner).__name__.endswith("Norm"):
             continue
         for name, p in inner.named_parameters(recurse=False):
-            if p.dim() >= 2 and name not in STATE:
+            if p.dim() >= 2 and min(p.shape) > 1 and name not in STATE and not name.endswith("bias"):
                 yield f"{path}.{name}".lstrip(".")
