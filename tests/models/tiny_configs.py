@@ -1,7 +1,7 @@
 """Tiny configurations of every decoder and image-text type that the installed transformers knows.
 
-A configuration is shrunk by the names of its fields, sub-configurations included; what a type needs beyond that stands in
-`MORE`. `config(kind)` builds one, `model(kind)` a random model of it; `UNBUILT` lists what cannot be built, and why.
+A configuration is shrunk by the names of its fields, sub-configurations included; what a type needs beyond that stands
+in `MORE`. `config(kind)` builds one, `model(kind)` a random model; `UNBUILT` lists what cannot be built, and why.
 """
 
 from __future__ import annotations
@@ -298,6 +298,11 @@ def config(kind: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     return shrunk(CONFIG_MAPPING[kind], **MORE.get(kind, {}))
+
+
+def why_not(kind: str, auto: str) -> str | None:
+    """Why a type is not built; None if it is."""
+    return None if kind == "llama4" and auto == CAUSAL else UNBUILT.get(kind)
 
 
 def kinds() -> list[tuple[str, str]]:

@@ -271,27 +271,33 @@ class Site(nn.Module):
                 return y
             if y.shape[:-1].numel() == x.shape[:-1].numel():
                 return y.reshape(*x.shape[:-1], y.shape[-1])
-        what = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise InlayError(
-            f"no adapter can hang at {self.spot.key!r}: {self.spot.path} takes a tensor of shape {tuple(x.shape)} and "
-            f"gives {what}, not one of {self.place.d_out} features for the same tokens; name the linears inside it"
+            f"no adapter can hang at {self.spot.key!r}: {self.spot.path} takes a {_shown(x)} and gives a {_shown(y)}, "
+            f"not one of {self.place.d_out} features for the same tokens; name the linears inside it"
         )
 
     def _input(self, args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
         """A layer's first tensor, and its keyword if it came by keyword."""
-        if args and (self._plain or isinstance(args[0], Tensor)):
+        if args and (self._plain or self._fits(args[0])):
             return args[0], None
         for where in ("hidden_states", "input", "input_ids", "x"):
-            if isinstance(kwargs.get(where), Tensor):
+            if isinstance(kwargs.get(where), Tensor) and (self._plain or self._fits(kwargs[where])):
                 return kwargs[where], where
-        fit = [k for k, t in kwargs.items() if isinstance(t, Tensor) and t.dim() > 1 and t.shape[-1] == self.place.d_in]
+        fit = [k for k, t in kwargs.items() if self._fits(t)]
         if len(fit) == 1 and not args:
             return kwargs[fit[0]], fit[0]
-        given = ", ".join([*(type(a).__name__ for a in args), *map(str, sorted(kwargs))])
+        given = ", ".join([*map(_shown, args), *(f"{k}={_shown(v)}" for k, v in kwargs.items())])
         raise InlayError(
             f"no adapter can hang at {self.spot.key!r}: {self.spot.path} is called with ({given}), of which none is "
-            "known to be its input; name the linears inside it"
+            f"known to be its input of {self.place.d_in} features; name the linears inside it"
         )
+
+    def _fits(self, t: object) -> bool:
+        return isinstance(t, Tensor) and t.dim() > 1 and t.shape[-1] == self.place.d_in
+
+
+def _shown(value: object) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_it_is(x: Tensor, out: Tensor, now: route.Route) -> bool:
