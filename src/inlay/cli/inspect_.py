@@ -139,7 +139,7 @@ def model(name: str) -> dict[str, Any]:
 
     base = skeleton(name)
     parts = anatomy(base)
-    hidden = base.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    hidden = parts.hidden or 0
     roles: dict[str, dict[str, Any]] = {}
     for spot in parts.spots:
         if spot.role in roles:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import replay
+from inlay.core.config import text_config, tied
 from inlay.core.edit import Edit, Weights
 from inlay.core.errors import InlayError, unknown
 from inlay.core.fold import Stacks
@@ -50,11 +51,8 @@ class Host:
             raise InlayError("this model already has a host; use inlay.host_of(model), or detach it first")
         self.model = model
         self.anatomy, self.strategy, self.fast = anatomy, strategy, fast
-        config = (
-            self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
-        )
-        self.hidden: int = config.hidden_size
-        self.tied = bool(getattr(config, "tie_word_embeddings", False))
+        self.hidden: int = anatomy.hidden or text_config(model.config).hidden_size
+        self.tied = tied(model)
         self.edits: dict[str, Edit] = {}
         self.sites: dict[str, Site] = {}
         self.common: dict[str, Wear] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.interop.low_rank import spread_rows, whole_place, worn_by_path
@@ -120,8 +121,7 @@ def dump_prompt(host: Host, name: str) -> Dumped:
 
 def settings_of(host: Host) -> Any:
     """The text decoder's config."""
-    config: Any = host.model.config
-    return config.get_text_config()
+    return text_config(host.model.config)
 
 
 def _shape(host: Host, tokens: int) -> dict[str, Any]:
