@@ -9,6 +9,7 @@ from torch import nn
 
 from inlay.core.errors import InlayError
 from inlay.core.place import Anatomy, Spot
+from inlay.models.experts import expert_spots
 from inlay.models.families import FAMILIES, Family
 
 SPELLINGS = {
@@ -49,6 +50,7 @@ def _spots(model: nn.Module, family: Family, blocks: nn.Module) -> Iterator[Spot
             path, _, part = path.partition("#")
             if path in inside:
                 yield Spot(f"{i}.{role}", role, i, f"{prefix}.{path}", parts[part] if part else None)
+        yield from expert_spots(block, i, prefix)
         for path, module in inside.items():
             if _is_norm(module):
                 yield Spot(f"{i}.norm.{path}", "norm", i, f"{prefix}.{path}")
