@@ -58,7 +58,9 @@ def base(family: str, dtype: torch.dtype = torch.float32, experts: str = "eager"
     implementation = {} if family == "llama4" else {"experts_implementation": experts}
     eager = {"attn_implementation": "eager"}
     config = CONFIGS[family]()
-    model = kind._from_config(config, **eager) if kind else hf.AutoModelForCausalLM.from_config(config, **implementation)
+    model = (
+        kind._from_config(config, **eager) if kind else hf.AutoModelForCausalLM.from_config(config, **implementation)
+    )
     model = model.to(dtype).eval()
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p)) if p.dim() == 1 else p.data.normal_(std=0.15)
@@ -102,7 +104,10 @@ def as_loops(family: str, model, weights_of) -> Iterator[None]:
     """
 
     def one(layer: int, module, x: Tensor, token: int, expert: int) -> Tensor:
-        bias = {k: getattr(module, f"{k}_bias")[expert] if family == "gpt_oss" else 0.0 for k in ("gate_up_proj", "down_proj")}
+        bias = {
+            k: getattr(module, f"{k}_bias")[expert] if family == "gpt_oss" else 0.0
+            for k in ("gate_up_proj", "down_proj")
+        }
         h = weights_of(layer, "gate_up_proj", token, expert) @ x + bias["gate_up_proj"]
         return weights_of(layer, "down_proj", token, expert) @ gated(family, module, h) + bias["down_proj"]
 
@@ -129,7 +134,9 @@ def as_loops(family: str, model, weights_of) -> Iterator[None]:
             del module.forward
 
 
-def looped_logits(family: str, model, tensors_of_row: list[list[tuple[float, Mapping[str, Tensor]]]], **inputs) -> Tensor:
+def looped_logits(
+    family: str, model, tensors_of_row: list[list[tuple[float, Mapping[str, Tensor]]]], **inputs
+) -> Tensor:
     """Logits with W_e + sum s B_e A_e, for rows with these adapters: (s, tensors by Inlay's names) each."""
     tokens = inputs["input_ids"].shape[1]
 

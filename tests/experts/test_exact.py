@@ -65,9 +65,7 @@ def test_rows_of_a_mixed_batch_are_those_of_the_loop(family, strategy):
     inputs = batch(4, 3, pad=1)
     with host.using(*plan), torch.no_grad():
         got = host.model(**inputs).logits
-        want = looped_logits(
-            family, bare, [scaled(host, "a"), [], scaled(host, "b"), scaled(host, "a", "b")], **inputs
-        )
+        want = looped_logits(family, bare, [scaled(host, "a"), [], scaled(host, "b"), scaled(host, "a", "b")], **inputs)
         used = inputs["attention_mask"].bool()
         torch.testing.assert_close(got[used], want[used], rtol=0, atol=1e-6 if family in TRANSPOSED else 1e-9)
 

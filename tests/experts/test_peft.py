@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -25,7 +23,9 @@ BOTH = ("gate_up_proj", "down_proj")
 def theirs(family: str, names=BOTH, modules=(), **settings):
     """A PEFT model whose adapter is off its start."""
     targets = [f"experts.{n}" for n in names]
-    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 6, **settings}, target_modules=list(modules), target_parameters=targets)
+    config = peft.LoraConfig(
+        **{"r": 2, "lora_alpha": 6, **settings}, target_modules=list(modules), target_parameters=targets
+    )
     model = peft.get_peft_model(base(family), config).eval()
     torch.manual_seed(1)
     for k, p in model.named_parameters():

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 import inlay
-from tests.laws.zoo import FAMILIES, MOE, base, batch, dressed, excite, logits, method, methods, places, positioned, small
+from tests.laws.zoo import (
+    FAMILIES,
+    MOE,
+    base,
+    batch,
+    dressed,
+    excite,
+    logits,
+    method,
+    methods,
+    places,
+    positioned,
+    small,
+)
 
 CASES = [(f, m) for f in FAMILIES for m in methods(f)]
 VIRTUAL = ("prefix", "prompt", "ptuning")

@@ -24,7 +24,7 @@ from inlay.core.errors import InlayError
 from inlay.core.expert_weight import ExpertEdit, ExpertUpdate, ExpertWeight
 from inlay.core.experts import ExpertWeights, expert_layout, shared_names
 from inlay.core.fold import Stack
-from inlay.core.place import Place, Spot
+from inlay.core.place import Place
 from inlay.core.site import Site, WornHere
 
 if TYPE_CHECKING:
@@ -250,8 +250,8 @@ class _Tokens:
         if strange or not whole or x.dim() != 2 or any(t.dim() != 2 or len(t) != len(x) for t in tensors):
             shapes = [tuple(t.shape) for t in tensors]
             raise InlayError(
-                f"{type(layer).__name__} is called with {shapes}, where the tokens of the {now.batch} rows of the batch "
-                f"cannot be told apart; {_ONE_ADAPTER}"
+                f"{type(layer).__name__} is called with {shapes}, where the tokens of the {now.batch} rows of the "
+                f"batch cannot be told apart; {_ONE_ADAPTER}"
             )
         self._row = self._n // now.batch
         self.all = torch.arange(self._n, device=x.device)

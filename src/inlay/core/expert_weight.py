@@ -1,9 +1,9 @@
 """A weight of experts that is adapted where it is multiplied: W + dW without dW.
 
-The experts module runs as it is, by whichever implementation it was given (`eager`, `grouped_mm`, `batched_mm`), with an
-`ExpertWeight` in the place of its parameter. Every product with it is the same product with the frozen numbers, to the
-last bit, and then the adapters' formula on the rows of each expert: O(E r) memory, and nothing of dW is kept for the
-backward pass. Any other operation gets the effective weights in full, which is exact and slow.
+The experts module runs as it is, by whichever implementation it was given (`eager`, `grouped_mm`, `batched_mm`), with
+an `ExpertWeight` in the place of its parameter. Every product with it is the same product with the frozen numbers, to
+the last bit, and then the adapters' formula on the rows of each expert: O(E r) memory, and nothing of dW is kept for
+the backward pass. Any other operation gets the effective weights in full, which is exact and slow.
 """
 
 from __future__ import annotations
@@ -123,11 +123,13 @@ class ExpertWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READ_ONLY:
                 return func(*args, **kwargs)
-            rule = _RULES.get(getattr(func, "__name__", ""), None) or _GETTERS.get(func)
+            rule = _RULES.get(getattr(func, "__name__", "")) or _GETTERS.get(func)
             made = rule(func, args, kwargs) if rule else NotImplemented
             if made is not NotImplemented:
                 return made
-            plain = [tree_map(lambda v: v.full() if isinstance(v, ExpertWeight) else v, part) for part in (args, kwargs)]
+            plain = [
+                tree_map(lambda v: v.full() if isinstance(v, ExpertWeight) else v, part) for part in (args, kwargs)
+            ]
             return func(*plain[0], **plain[1])
 
 
@@ -172,7 +174,7 @@ def _transpose(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _linear(func: Callable, args: tuple, kwargs: dict) -> Any:
     """x (n, D_in) times one expert's W (D_out, D_in)."""
-    x, W = args if len(args) == 2 and not kwargs else (None, None)
+    x, W = _two(args, kwargs)
     if not isinstance(W, ExpertWeight) or isinstance(x, ExpertWeight) or not isinstance(W.picked, int) or x.dim() != 2:
         return NotImplemented
     _check(W, reads_left=False)
@@ -181,7 +183,7 @@ def _linear(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _matmul(func: Callable, args: tuple, kwargs: dict) -> Any:
     """x @ W: of one expert, of all with x (E, n, D_in), or of a row each (S, 1, D_in); or W @ x of a row each."""
-    a, b = args if len(args) == 2 and not kwargs else (None, None)
+    a, b = _two(args, kwargs)
     if isinstance(a, ExpertWeight) and isinstance(b, Tensor) and isinstance(a.picked, Tensor):
         if b.dim() != 3 or b.shape[-1] != 1 or isinstance(b, ExpertWeight):
             return NotImplemented
@@ -213,6 +215,11 @@ def _grouped(func: Callable, args: tuple, kwargs: dict) -> Any:
     y = func(x, W.stored, offs=offs)
     counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
     return W.update.edit_sorted(counts, x, y)
+
+
+def _two(args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """The factors of a product; (None, None) where more is asked for."""
+    return args if len(args) == 2 and not kwargs else (None, None)
 
 
 def _check(W: ExpertWeight, reads_left: bool) -> None:

@@ -120,7 +120,8 @@ def fold_weights(edit: Edit, w: Weights, place: Place) -> tuple[Edit, Weights]:
     if not place.experts:
         return edit.folded(w, place)
     experts = [
-        edit.folded(own, place.expert(e)) for e, own in enumerate(by_expert(w, shared_names(edit, place), place.experts))
+        edit.folded(own, place.expert(e))
+        for e, own in enumerate(by_expert(w, shared_names(edit, place), place.experts))
     ]
     folded = experts[0][0]
     return folded, stacked([own for _, own in experts], shared_names(folded, place))
@@ -143,7 +144,7 @@ class ExpertWeights:
     def __init__(self, w: Weights, shared: Sequence[str]):
         # One `unbind` makes one gradient of all experts; indexing would make a zero-filled one for each of them.
         graph = torch.is_grad_enabled()
-        self._each: Mapping[str, Sequence[Tensor]] = {
+        self._each: Mapping[str, tuple[Tensor, ...] | Tensor] = {
             k: t.unbind(0) if graph and t.requires_grad else t for k, t in w.items() if k not in shared
         }
         self._shared = {k: t for k, t in w.items() if k in shared}

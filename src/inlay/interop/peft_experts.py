@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.core.errors import InlayError
 from inlay.core.expert_site import ExpertSite

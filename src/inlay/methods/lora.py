@@ -161,7 +161,12 @@ class DoRA(LoRA):
     def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
         gain, b = self.gain(w, place)
         bias = {"b": (1 - gain) * b[0]} if isinstance(b, Tensor) else {}
-        return _Gained(experts="separate" if self.experts == "separate" else "shared-A"), {"A": w["A"], "B": self.scale * gain[:, None] * w["B"], "gain": gain, **bias}
+        return _Gained(experts="separate" if self.experts == "separate" else "shared-A"), {
+            "A": w["A"],
+            "B": self.scale * gain[:, None] * w["B"],
+            "gain": gain,
+            **bias,
+        }
 
     def low_rank(self, w: Weights, call: Call) -> LowRank | None:
         drops = self.dropout and call.training

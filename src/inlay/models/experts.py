@@ -1,9 +1,9 @@
 """Finding the expert parameters of a mixture-of-experts block, and their roles.
 
 transformers keeps the matrices of all experts in one 3-D parameter each: `gate_up_proj` (E, 2 I, H) and `down_proj`
-(E, H, I), or transposed (GPT-OSS, Llama 4), or `up_proj` without a gate (Nemotron-H). Their roles are `experts.gate_up`,
-`experts.down`, `experts.up`; `experts` names them all. How one is stored is established when an adapter hangs there
-(`inlay.core.experts.expert_layout`).
+(E, H, I), or transposed (GPT-OSS, Llama 4), or `up_proj` without a gate (Nemotron-H). Their roles are
+`experts.gate_up`, `experts.down`, `experts.up`; `experts` names them all. How one is stored is established when an
+adapter hangs there (`inlay.core.experts.expert_layout`).
 """
 
 from __future__ import annotations
