@@ -169,6 +169,18 @@ def test_packed_training_has_the_gradients_of_rows_alone(family):
                 torch.testing.assert_close(p.grad, alone[f"{name}:{k}"], rtol=1e-3, atol=2e-5, msg=k)
 
 
+@FAST
+def test_dropout_draws_the_same_whether_the_module_was_tried_before_or_not():
+    host = inlay.attach(base("mixtral"))
+    host.add("a", inlay.method("lora").make(rank=3, alpha=6.0, dropout=0.5), at="experts", seed=0)
+    for p in host.parameters():
+        p.data.add_(0.1)
+    still = logits(host, "a")
+    host.model.train()
+    first, second = ((torch.manual_seed(4), logits(host, "a"))[1] for _ in range(2))
+    assert torch.equal(first, second) and not torch.allclose(first, still)
+
+
 # ---- the slow way ----------------------------------------------------------------------------------------------------
 def _einsum(self, hidden_states, top_k_index, top_k_weights):
     """All experts for all tokens: an operation that edits cannot follow."""
@@ -217,6 +229,16 @@ def test_what_is_not_multiplied_expert_by_expert_is_computed_in_full_and_said(fo
     grads = torch.autograd.grad(got.sum(), host.parameters())
     for g, w in zip(grads, torch.autograd.grad(want.sum(), host.parameters()), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-4)
+
+
+def test_the_slow_way_has_no_inputs_to_drop(monkeypatch):
+    model = base("mixtral")
+    monkeypatch.setattr(type(expert_modules(model)[0]), "forward", _einsum)
+    host = inlay.attach(model)
+    host.add("a", inlay.method("lora").make(rank=3, dropout=0.5), at="experts", seed=0)
+    model.train()
+    with pytest.raises(InlayError, match="dropout cannot act at model.layers.0.mlp.experts"):
+        logits(host, "a")
 
 
 def test_experts_called_without_their_tokens_serve_one_adapter_and_refuse_mixed_batches():

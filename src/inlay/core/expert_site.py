@@ -167,16 +167,22 @@ class ExpertsForward:
     @torch.no_grad()
     def _tried(self, jobs: Jobs, args: tuple, kwargs: dict) -> str:
         """Whether products edit every row; if not, why the effective weights are used instead."""
-        updates = self._updates(jobs)
-        out = self._with({u: ExpertWeight.of(s.stored(), u) for s, u in updates}, updates, args, kwargs)
-        if why := self._missed(updates, args, kwargs):
-            return why
-        small = all(s.stored().numel() <= COMPARED for s, _ in updates)
-        draws = any(one.call.training and one.edit.draws for _, u in updates for one in u.edits)
-        if not small or draws or not isinstance(out, Tensor):
+        device = self.sites[0].stored().device
+        # What is drawn here is drawn again: a resumed run, which tries anew, must go on as the first one did.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            updates = self._updates(jobs)
+            out = self._with({u: ExpertWeight.of(s.stored(), u) for s, u in updates}, updates, args, kwargs)
+            if why := self._missed(updates, args, kwargs):
+                return why
+            small = all(s.stored().numel() <= COMPARED for s, _ in updates)
+            draws = any(one.call.training and one.edit.draws for _, u in updates for one in u.edits)
+            if not small or draws or not isinstance(out, Tensor):
+                return ""
+            want = self._in_full(jobs, args, kwargs)
+        finite = want.isfinite()
+        if not finite.any():
             return ""
-        want = self._in_full(jobs, args, kwargs)
-        off, size = float((out - want).abs().max()), float(want.abs().max())
+        off, size = float((out - want)[finite].abs().max()), float(want[finite].abs().max())
         coarse = 2.0**-5 if out.dtype.itemsize < 4 else 1e-3
         return "" if off <= coarse * size + 1e-6 else f"its products differ from theirs by {off:.2g} of {size:.2g}"
 
@@ -218,9 +224,17 @@ class ExpertsForward:
         for _, update in updates:
             if update.whole:
                 return f"{update.name} is not only multiplied"
-            if update.rows != want and (routed or not update.rows or update.rows % max(want, 1)):
+            if update.rows == want or (not routed and update.rows and update.rows % max(want, 1) == 0):
+                continue
+            # Indices behind the last matrix stand for no expert (of another process), or for the identity (LongCat).
+            if len(routed) != 1 or update.rows != int((routed[0] < self._matrices()).sum()):
                 return f"{update.rows} of {want} rows are multiplied by {update.name} where it can be seen"
         return ""
+
+
+    def _matrices(self) -> int:
+        """Experts that have a matrix in every parameter of the module."""
+        return min(len(p) for p in self._layer._parameters.values() if p is not None and p.dim() == 3)
 
 
 _TRIED: WeakKeyDictionary[Host, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
