@@ -133,6 +133,7 @@ def grouped(tensors: dict[str, list[int]]) -> dict[tuple[str, str], int]:
 # ---- models ----------------------------------------------------------------------------------------------------------
 def model(name: str) -> dict[str, Any]:
     """A model's anatomy as plain data; no weights are read."""
+    from inlay.core.experts import expert_layout
     from inlay.core.place import widths
     from inlay.models.anatomy import anatomy
     from inlay.plan.skeleton import parameters, skeleton
@@ -145,10 +146,22 @@ def model(name: str) -> dict[str, Any]:
         if spot.role in roles:
             roles[spot.role]["places"] += 1
             continue
-        d_in, d_out = widths(base.get_submodule(spot.path), hidden)
-        d_out = spot.part.width(d_out) if spot.part else d_out
-        fused = spot.part is not None
-        roles[spot.role] = {"places": 1, "in": d_in, "out": d_out, "example": spot.path, "part_of_fused": fused}
+        module = base.get_submodule(spot.path)
+        experts = 0
+        if spot.parameter:
+            layout = expert_layout(module, spot.parameter)
+            d_in, d_out, experts = layout.d_in, layout.d_out, layout.experts
+        else:
+            d_in, d_out = widths(module, hidden)
+            d_out = spot.part.width(d_out) if spot.part else d_out
+        roles[spot.role] = {
+            "places": 1,
+            "in": d_in,
+            "out": d_out,
+            "example": spot.full_path,
+            "part_of_fused": spot.part is not None,
+            "experts": experts,
+        }
     return {
         "model": name,
         "family": parts.family,
@@ -174,7 +187,8 @@ def show_model(found: dict[str, Any]) -> None:
     for title, side in (("role", "left"), ("places", "right"), ("in", "right"), ("out", "right"), ("first", "left")):
         table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
     for role, at in found["roles"].items():
-        where = escape(at["example"]) + ("[dim], a part of it[/]" if at["part_of_fused"] else "")
+        more = ", a part of it" if at["part_of_fused"] else f", {at['experts']} experts" if at["experts"] else ""
+        where = escape(at["example"]) + f"[dim]{more}[/]"
         table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", where)
     out.print(table)
     last = found["layers"] - 1

@@ -193,6 +193,11 @@ class Edit:
         """A term that the training loop adds to the loss, from the tensors of all places (place key -> tensors)."""
         return None
 
+    def shared_by_experts(self, place: Place) -> tuple[str, ...] | None:
+        """Names of the tensors that all experts of an expert parameter share; each expert has its own of the others.
+        None: the method cannot hang there. What can has no `before`, and is linear in x."""
+        return None
+
     def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
         """Called by the training loop once the optimizer has stepped and while gradients are still there;
         `state` is checkpointed with the run (empty at the first step)."""

@@ -18,6 +18,8 @@ from inlay.core import replay
 from inlay.core.config import text_config, tied
 from inlay.core.edit import Edit, Weights
 from inlay.core.errors import InlayError, unknown
+from inlay.core.expert_site import ExpertSite
+from inlay.core.experts import start_weights
 from inlay.core.fold import Stacks
 from inlay.core.forward import Forward
 from inlay.core.layout import Layout, lay_out
@@ -171,7 +173,8 @@ class Host:
         fresh = {key: spot for key, (spot, _) in spots.items() if key not in self.sites}
         layers = dict(self.model.named_modules(remove_duplicate=False)) if fresh else {}
         for key, spot in fresh.items():
-            self.sites[key] = Site(self, spot, layers[spot.path])
+            kind = ExpertSite if spot.parameter else Site
+            self.sites[key] = kind(self, spot, layers[spot.path])
         return [self.sites[key].wired(wiring) for key, (_, wiring) in spots.items()]
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -187,7 +190,7 @@ class Host:
                 torch.manual_seed(seed)
             with torch.no_grad():
                 common = edit.shared(places)
-                made = {p.key: edit.weights(p) for p in places}
+                made = {p.key: start_weights(edit, p) for p in places}
 
         def settle(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None)

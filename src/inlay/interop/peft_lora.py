@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 
 from inlay.core.host import Host
 from inlay.core.start import frozen_weight
-from inlay.interop.low_rank import Factors, factorise, spread_rows, whole_place, widest, worn_by_path
+from inlay.interop.low_rank import Factors, factorise, spread_rows, whole_place, worn_by_path
+from inlay.interop.peft_experts import expert_factors, shortest, wrapped
 from inlay.interop.peft_folder import Found, Tensors
 from inlay.interop.peft_row import (
     Dumped,
@@ -63,7 +64,7 @@ def load_lora(found: Found) -> Loaded:
         )
     kind = "dora" if found.setting("use_dora") else "lora"
     need(found, {"A", "B", "m"} if kind == "dora" else {"A", "B"})
-    at = ranks_and_scales(found, {p: t["A"].shape[0] for p, t in found.places.items()}, "lora_alpha")
+    at = ranks_and_scales(found, {p: t["A"].shape[-2] for p, t in found.places.items()}, "lora_alpha")
     rank, rs = max(r for r, _ in at.values()), bool(found.setting("use_rslora"))
     scale = Counter(s for _, s in at.values()).most_common(1)[0][0]
     alpha = scale * (rank**0.5 if rs else rank)
@@ -76,6 +77,8 @@ def load_lora(found: Found) -> Loaded:
         "rank_stabilised": rs,
     }
     if start == "pissa":
+        if found.setting("target_parameters"):
+            raise found.error("PiSSA on target_parameters is not read: PEFT starts it nowhere but at linears")
         if len(set(at.values())) > 1 or kind == "dora":
             raise found.error(
                 "PiSSA with several ranks or with DoRA is not read; convert it to a plain LoRA with PEFT first"
@@ -118,23 +121,29 @@ def principal(layer: nn.Module, rank: int, scale: float) -> Tensors:
 def dump_lora(host: Host, name: str) -> Dumped:
     """LoRA as it is; PiSSA as a plain LoRA of rank 2 r, as PEFT's own converter writes it."""
     edit: Any = host.edits[name]
-    factors = factorise(host, name)
-    rank = widest(factors)
+    factors, experts = factorise(host, name), expert_factors(host, name)
+    rank = max(f.rank for f in (*factors.values(), *(f for each in experts.values() for f in each)))
     scale = edit.scale
     rs = edit.rank_stabilised
     alpha = edit.alpha if rank == edit.rank else scale * (rank**0.5 if rs else rank)
     fields = {
         "r": rank,
         "lora_alpha": number(alpha),
-        "lora_dropout": edit.dropout,
+        "lora_dropout": 0.0 if experts else edit.dropout,
         "use_rslora": rs,
         "use_dora": False,
         "init_lora_weights": True,
         "bias": "none",
     }
+    if experts:
+        fields["target_parameters"] = shortest(host, set(experts))
     places = {path: _padded(f, rank, host, path) for path, f in factors.items()}
-    notes = (f"PiSSA written as a plain LoRA of rank {rank}",) if edit.init == "pissa" else ()
-    return Dumped(fields, places, notes=notes)
+    notes = [f"PiSSA written as a plain LoRA of rank {rank}"] if edit.init == "pissa" else []
+    if experts and edit.dropout:
+        notes.append(f"dropout {edit.dropout} (training only) is not written: PEFT has none on target_parameters")
+    if experts and edit.experts != "separate":
+        notes.append("factors that experts share are written once for each expert: PEFT's are separate")
+    return Dumped(fields, places, notes=tuple(notes), wrapped=wrapped(host, name, experts, rank))
 
 
 def _padded(f: Factors, rank: int, host: Host, path: str) -> Tensors:
@@ -251,7 +260,7 @@ def dump_adalora(host: Host, name: str) -> Dumped:
 
 LORA_FIELDS = frozenset(
     "r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern fan_in_fan_out "
-    "eva_config".split()
+    "eva_config target_parameters".split()
 )
 SCHEDULE = frozenset("target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step".split())
 ROWS = (
@@ -279,6 +288,6 @@ ROWS = (
         load=load_adalora,
         dump=dump_adalora,
         names={"lora_A": "Q", "lora_B": "P", "lora_E": "E"},
-        fields=(LORA_FIELDS - {"use_dora", "use_rslora", "alpha_pattern"}) | SCHEDULE,
+        fields=(LORA_FIELDS - {"use_dora", "use_rslora", "alpha_pattern", "target_parameters"}) | SCHEDULE,
     ),
 )

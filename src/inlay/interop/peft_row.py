@@ -40,6 +40,8 @@ class Dumped:
     places: Mapping[str, Tensors] = field(default_factory=dict)
     top: Tensors = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    wrapped: Mapping[str, Tensors] = field(default_factory=dict)
+    """Tensors on expert parameters, by module path with a level for each wrapper."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,15 @@ class Composed(Edit):
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {own_name(i, k): t for i, e in self.here(place) for k, t in e.weights(place).items()}
 
+    def shared_by_experts(self, place: Place) -> tuple[str, ...] | None:
+        found: list[str] = []
+        for i, edit in self.here(place):
+            shared = edit.shared_by_experts(place)
+            if shared is None:
+                return None
+            found += [own_name(i, k) for k in shared]
+        return tuple(found)
+
     def idle(self, call: Call, tokens: int) -> bool:
         return all(e.idle(call, tokens) for e in self.edits)
 
