@@ -1,6 +1,6 @@
 """Inlay's own format: one readable JSON, and the tensors in safetensors. Strict both ways, atomic, never a pickle.
 
-    adapter.json                    method, settings, places, base and its fingerprint, versions, digests
+    adapter.json                    method, settings, places, base and its fingerprint, template, versions, digests
     adapter-<hash>.safetensors      the tensors, `3.q/A` for place 3.q; the JSON names the file
 
 Replacing the JSON is the one moment at which a save takes effect: a kill or a full disk at any time leaves the old
@@ -66,14 +66,17 @@ def save(
     versions: Mapping | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     base: Mapping[str, Any] | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter; an adapter already in the folder is replaced, and stays whole if anything fails.
 
     Args:
-        about: anything to keep with it (template, training run, notes); JSON values.
+        about: anything to keep with it (training run, notes); JSON values.
         versions: of the software that made it.
         tensors: the adapter's, where the host holds parts of them only.
         base: the base's fingerprint, likewise.
+        template: the template of the prompts that it was trained on (`inlay.tasks.template_json`); by default the one
+            that the host keeps for it.
     """
     folder = Path(folder)
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in (tensors or host.tensors(name)).items()}
@@ -91,6 +94,7 @@ def save(
             "family": host.anatomy.family,
             **(base or fingerprint(host)),
         },
+        "template": template or host.templates.get(name),
         "about": dict(about or {}),
         "versions": {"torch": torch.__version__, **(versions or {})},
     }
@@ -172,6 +176,7 @@ def load(
     except BaseException:
         host.remove(name)
         raise
+    _keep_template(host, name, record)
     return name
 
 
@@ -186,7 +191,35 @@ def shelve(
     record, tensors = _for(host, folder, allow_other_base)
     name = name or record["name"]
     host.shelve(name, rebuild(record, edits), record["places"], tensors)
+    _keep_template(host, name, record)
     return name
+
+
+def template_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The prompt template that an adapter's JSON records; None if it records none.
+
+    Files without the field are read by their training settings: the protocol fixed the template before there was a
+    choice, and knowledge items were asked as they are.
+    """
+    if record.get("template"):
+        found: Mapping[str, Any] = record["template"]
+        return found
+    training = _section(record.get("about"), "training")
+    if _section(training, "know").get("items"):
+        return {"name": "none"}
+    protocol = str(_section(training, "data").get("protocol")).lower()
+    name = {"published": "published", "clean": "alpaca"}.get(protocol)
+    return {"name": name} if name else None
+
+
+def _section(values: Any, name: str) -> Mapping[str, Any]:
+    found = values.get(name) if isinstance(values, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _keep_template(host: Host, name: str, record: Mapping[str, Any]) -> None:
+    if (template := template_of(record)) is not None:
+        host.templates[name] = template
 
 
 def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], Held]:
