@@ -10,10 +10,11 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
+class ConvertSettings(ThreadSettings):
     """From which folder to which."""
 
     source: tyro.conf.Positional[Path]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.core.errors import InlayError
 from inlay.knowledge.settings import KnowSettings, KnowTrainSettings
+from inlay.threads import ThreadSettings
 
 if TYPE_CHECKING:
     from rich.table import Table as Shown
@@ -63,7 +64,7 @@ class HowSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureFlags:
+class MeasureFlags(ThreadSettings):
     """Measure a base's knowledge of items."""
 
     model: str
@@ -119,7 +120,7 @@ def shown(table: Table) -> Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlickFlags:
+class SlickFlags(ThreadSettings):
     """Tell how well a base knows items."""
 
     model: str
@@ -194,7 +195,7 @@ class WatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchFlags(KnowTrainSettings):
+class WatchFlags(KnowTrainSettings, ThreadSettings):
     """Train on items, with or without filter and weights, and watch all items of split `train`."""
 
     know: KnowSettings = field(default_factory=KnowSettings)

@@ -16,11 +16,12 @@ from inlay.knowledge.measure import MeasureSettings
 from inlay.knowledge.report import SCHEMA, build
 from inlay.knowledge.trial import Practice
 from inlay.methods import method
+from inlay.threads import ThreadSettings
 from inlay.train.settings import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterfereSettings:
+class InterfereSettings(ThreadSettings):
     """What is tried."""
 
     model: str

@@ -25,6 +25,7 @@ from inlay.serve.metrics import Metrics
 from inlay.serve.service import Service
 from inlay.serve.settings import ServeSettings
 from inlay.serve.text import Texts
+from inlay.threads import set_threads
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,8 @@ def listening_at(host: str, port: int) -> socket.socket:
 
 def application(s: ServeSettings, doors: Doors | None = None) -> tuple[Any, Batcher]:
     """(an ASGI application for any server, its batcher), the base loaded."""
-    import torch
-
     s.keys()
-    if s.threads:
-        torch.set_num_threads(s.threads)
+    set_threads(s.threads)
     model, tokenizer = load_base(s.model, s.dtype, s.device)
     return build(s, attach(model), tokenizer, doors or Doors())
 

@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 import tyro
 
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedSettings:
+class SharedSettings(ThreadSettings):
     """What `inlay serve` and `inlay play` have in common: a base, its adapters, where to listen, how much to decode."""
 
     above_zero: ClassVar[tuple[str, ...]] = ("rows", "longest", "timeout", "adapter_memory")
@@ -42,8 +43,6 @@ class SharedSettings:
     """Type of the base (as stored if not given)."""
     device: str | None = None
     """Where to run; the GPU if there is one."""
-    threads: int | None = None
-    """CPU threads of one product; PyTorch's choice if not given."""
 
     def __post_init__(self) -> None:
         for key in self.above_zero:

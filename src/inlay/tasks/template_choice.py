@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ EARLIER = {"clean": "alpaca", "plain": "none"}
 """Names of before, still read."""
 _JINJA = re.compile(r"\{[{%].*\bmessages\b", re.DOTALL)
 _FIELD = re.compile(r"(?<!\{)\{instruction\}(?!\})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateSettings:
+    """What all commands that ask adapters have in common."""
+
+    template: str | None = None
+    """How what is asked becomes a prompt: chat (the tokenizer's own chat template), alpaca (`### Instruction: ...`),
+    none (as it is), or a FILE (a Jinja chat template, or a text with {instruction}). If not given, each adapter is
+    asked as it was trained; the base, and adapters that do not record it, by chat if the tokenizer has one, else
+    alpaca."""
 
 
 def check(asked: str | None) -> None:
