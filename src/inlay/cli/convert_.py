@@ -56,6 +56,8 @@ def run(s: ConvertSettings) -> None:
 
         read, name = name, f"{name}-road2"
         to_road2(host, read, name)
+        if read in host.templates:
+            host.templates[name] = host.templates[read]
     out = Console(highlight=False)
     if s.to == "inlay":
         save(host, name, s.target, about={"converted_from": kind})

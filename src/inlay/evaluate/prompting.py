@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from inlay.core.host import Host
 from inlay.core.route import Worn
-from inlay.tasks.template_choice import AnyTemplate, choose, recorded, shown
+from inlay.tasks.template_choice import AnyTemplate, choose, recorded, shown, shown_json
 
 
 class Prompting:
@@ -87,9 +87,3 @@ class Prompting:
         """Special tokens, as stop texts, that end a turn in these templates and are not among `ends` already."""
         found = (t.end_of_turn(self.tokenizer) for t in templates)
         return tuple(dict.fromkeys(end[0] for end in found if end is not None and end[1] not in ends))
-
-
-def shown_json(about: Mapping[str, Any]) -> str:
-    """A recorded template in a sentence."""
-    template = recorded(about)
-    return shown(template) if template is not None else "no template on record"

@@ -126,7 +126,7 @@ def evaluate(
     prepare = Preparation(prompting, rules, how, reserve, decoding or {}, batch_size, templates)
     benches = [prepare(*one) for one in found]
     options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
-    about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
+    about: dict[str, Any] = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
     about["templates"] = {label: template_json(t) for label, t in templates.items()}
     about |= _made_by(host, benches, wearers, how)
     settings, earlier, log = settle(folder, about), saved_cells(folder), Log(folder)

@@ -102,6 +102,12 @@ def shown(template: AnyTemplate) -> str:
     return {"none": "no template"}.get(template.name, f"the template {template.name}")
 
 
+def shown_json(about: Mapping[str, Any]) -> str:
+    """A recorded template in a sentence."""
+    template = recorded(about)
+    return shown(template) if template is not None else "no template on record"
+
+
 def read_template(path: str | Path) -> AnyTemplate:
     """The template in a file: Jinja if it renders `messages`, otherwise text with `{instruction}`.
 
