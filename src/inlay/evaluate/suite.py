@@ -126,8 +126,9 @@ def evaluate(
     prepare = Preparation(prompting, rules, how, reserve, decoding or {}, batch_size, templates)
     benches = [prepare(*one) for one in found]
     options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
-    about: dict[str, Any] = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
-    about["templates"] = {label: template_json(t) for label, t in templates.items()}
+    asked = {label: template_json(t) for label, t in templates.items()}
+    about: dict[str, Any] = {"protocol": rules.name, "how": how, **options, "templates": asked}
+    about |= {"split": split, "limit": limit, "seed": seed}
     about |= _made_by(host, benches, wearers, how)
     settings, earlier, log = settle(folder, about), saved_cells(folder), Log(folder)
     run = _Run(host, tokenizer, rules, how, option_form, normalise, wearers, templates, mixed, log)

@@ -59,13 +59,16 @@ class ChatTemplate:
         """Ids of a record's prompt, up to the place where the answer is generated."""
         return _ids(self._asked(record, tokenizer), tokenizer)
 
-    def conversation_ids(self, messages: Messages, tokenizer: Any) -> list[int]:
-        """Ids of the prompt for an answer to `messages`, with today's date if the template asks for one.
+    def conversation_ids(self, messages: Messages, tokenizer: Any, *, today: bool = True) -> list[int]:
+        """Ids of the prompt for an answer to `messages`.
+
+        Args:
+            today: write today's date, if the template asks for one; otherwise that of records.
 
         Raises:
             InlayError: the template refuses them (a system message, two user messages in a row ...).
         """
-        return _ids(self.render(messages, tokenizer, today=True), tokenizer)
+        return _ids(self.render(messages, tokenizer, today=today), tokenizer)
 
     def answer_ids(self, record: Record, tokenizer: Any) -> list[int]:
         """Ids that are learned behind `prompt_ids`: the answer as the template writes it, and the end of the turn.
