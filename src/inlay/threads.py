@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from inlay.core.errors import InlayError
@@ -22,6 +23,15 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _last_default: int | None = None
 """What `set_threads(None)` set: not a user's choice when it is called again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadSettings:
+    """What all commands that compute have in common; the command line obeys it before it runs one."""
+
+    threads: int | None = None
+    """CPU threads to compute with. If not given: as many as OMP_NUM_THREADS or MKL_NUM_THREADS says, else the cores
+    that this process may use and that no other process keeps busy. Another number may round results differently."""
 
 
 def set_threads(threads: int | None) -> int:

@@ -10,10 +10,11 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
+class ConvertSettings(ThreadSettings):
     """From which folder to which."""
 
     source: tyro.conf.Positional[Path]
@@ -56,6 +57,8 @@ def run(s: ConvertSettings) -> None:
 
         read, name = name, f"{name}-road2"
         to_road2(host, read, name)
+        if read in host.templates:
+            host.templates[name] = host.templates[read]
     out = Console(highlight=False)
     with new_folder(s.target) as folder:
         if s.to == "inlay":

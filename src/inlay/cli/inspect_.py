@@ -51,7 +51,7 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 def _own(folder: Path) -> dict[str, Any]:
-    from inlay.core.store import read
+    from inlay.core.store import read, template_of
 
     record, tensors = read(folder)  # checks both digests
     return {
@@ -65,6 +65,7 @@ def _own(folder: Path) -> dict[str, Any]:
         "places": record["places"],
         "tensors": {k: list(v.shape) for k, v in tensors.items()},
         "integrity": "digests match",
+        "template": template_of(record),
         "about": record["about"],
         "versions": record["versions"],
     }
@@ -104,12 +105,16 @@ def show_adapter(found: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from inlay.tasks.template_choice import shown_json
+
     out = Console(highlight=False)
     base = found["base"]
     out.print(f"[bold]{escape(found['name'])}[/]: {escape(str(found['method']))}, format {found['format']}")
     out.print(f"[dim]{escape(', '.join(f'{k}={v}' for k, v in found['settings'].items()))}[/]")
     out.print(f"base {escape(str(base['name'] or 'not named'))} ({base['family'] or 'family not named'})")
     out.print(f"{found['parameters']:,} parameters, {size(found['bytes'])}; {found['integrity']}\n")
+    if (template := found.get("template")) is not None:
+        out.print(f"trained with {escape(shown_json(template))}")
     table = Table(box=None, padding=(0, 2))
     for title in ("tensor", "shape", "how many"):
         table.add_column(title)

@@ -11,10 +11,11 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSettings:
+class MergeSettings(ThreadSettings):
     """What is merged, and where it goes."""
 
     adapter: tyro.conf.Positional[Path]

@@ -56,6 +56,7 @@ class Host:
         self.hidden: int = anatomy.hidden or text_config(model.config).hidden_size
         self.tied = tied(model)
         self.edits: dict[str, Edit] = {}
+        self.templates: dict[str, Mapping[str, Any]] = {}  # adapter -> its prompt template, where its file records one
         self.sites: dict[str, Site] = {}
         self.common: dict[str, Wear] = {}
         self.shelf = Shelf(self)
@@ -153,6 +154,7 @@ class Host:
 
     def _leave(self, name: str) -> None:
         del self.edits[name], self.order[name]
+        self.templates.pop(name, None)
         self._ready = None
 
     def _spots(self, edit: Edit, at: str | Iterable[str] | None) -> dict[str, tuple[Spot, str]]:

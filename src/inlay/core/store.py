@@ -1,6 +1,6 @@
 """Inlay's own format: one readable JSON, and the tensors in safetensors. Strict both ways, atomic, never a pickle.
 
-    adapter.json                    method, settings, places, base and its fingerprint, versions, digests
+    adapter.json                    method, settings, places, base and its fingerprint, template, versions, digests
     adapter-<hash>.safetensors      the tensors, `3.q/A` for place 3.q; the JSON names the file
 
 Replacing the JSON is the one moment at which a save takes effect: a kill or a full disk at any time leaves the old
@@ -69,22 +69,30 @@ def save(
     versions: Mapping | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     base: Mapping[str, Any] | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter; an adapter already in the folder is replaced, and stays whole if anything fails.
 
     Args:
-        about: anything to keep with it (template, training run, notes); JSON values.
+        about: anything to keep with it (training run, notes); JSON values.
         versions: of the software that made it.
         tensors: the adapter's, where the host holds parts of them only.
         base: the base's fingerprint, likewise.
+        template: the template of the prompts that it was trained on (`inlay.tasks.template_json`); by default the one
+            that the host keeps for it.
     """
     folder = Path(folder)
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in (tensors or host.tensors(name)).items()}
     if bad := not_finite(tensors):
         raise InlayError(f"{name!r} is not saved: {bad} holds values that are not finite; train again at a lower rate")
+    rest = {
+        "template": template or host.templates.get(name),
+        "about": dict(about or {}),
+        "versions": {"torch": torch.__version__, **(versions or {})},
+    }
     make_folder(folder)
     with locked(folder):
-        return _save(host, name, folder, tensors, dict(about or {}), dict(versions or {}), base)
+        return _save(host, name, folder, tensors, base or fingerprint(host), rest)
 
 
 def _save(
@@ -92,10 +100,10 @@ def _save(
     name: str,
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    about: Mapping[str, Any],
-    versions: Mapping[str, Any],
-    base: Mapping[str, Any] | None,
+    base: Mapping[str, Any],
+    rest: Mapping[str, Any],
 ) -> Path:
+    """`save` while nobody else writes into the folder; `rest` is what the JSON says besides."""
     file = folder / f"adapter-{content_digest(tensors)[:12]}.safetensors"
     replace_file(file, lambda partial: save_file(dict(tensors), partial))
     record = {
@@ -108,10 +116,9 @@ def _save(
         "base": {
             "name": getattr(host.model.config, "_name_or_path", "") or None,
             "family": host.anatomy.family,
-            **(base or fingerprint(host)),
+            **base,
         },
-        "about": about,
-        "versions": {"torch": torch.__version__, **versions},
+        **rest,
     }
     record["digest"] = _digest(record)
     text = json.dumps(record, indent=1) + "\n"
@@ -214,6 +221,7 @@ def load(
     except BaseException:
         host.remove(name)
         raise
+    _keep_template(host, name, record)
     return name
 
 
@@ -228,7 +236,35 @@ def shelve(
     record, tensors = _for(host, folder, allow_other_base)
     name = name or record["name"]
     host.shelve(name, rebuild(record, edits), record["places"], tensors)
+    _keep_template(host, name, record)
     return name
+
+
+def template_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The prompt template that an adapter's JSON records; None if it records none.
+
+    Files without the field are read by their training settings: the protocol fixed the template before there was a
+    choice, and knowledge items were asked as they are.
+    """
+    if record.get("template"):
+        found: Mapping[str, Any] = record["template"]
+        return found
+    training = _section(record.get("about"), "training")
+    if _section(training, "know").get("items"):
+        return {"name": "none"}
+    protocol = str(_section(training, "data").get("protocol")).lower()
+    name = {"published": "published", "clean": "alpaca"}.get(protocol)
+    return {"name": name} if name else None
+
+
+def _section(values: Any, name: str) -> Mapping[str, Any]:
+    found = values.get(name) if isinstance(values, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _keep_template(host: Host, name: str, record: Mapping[str, Any]) -> None:
+    if (template := template_of(record)) is not None:
+        host.templates[name] = template
 
 
 def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], Held]:

@@ -15,6 +15,8 @@ from inlay.core.host import Host
 from inlay.engine import cache
 from inlay.engine.example import Example
 from inlay.models.base import DTYPES
+from inlay.tasks.protocols import PROTOCOLS
+from inlay.tasks.template_choice import AnyTemplate, template_json
 from inlay.train import checkpoint, record
 from inlay.train.bar import Bar
 from inlay.train.batches import usable
@@ -62,6 +64,7 @@ def fit(
     facts: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
     observers: Sequence[Observer] = (),
+    template: AnyTemplate | None = None,
 ) -> RunResult:
     """Train the adapter `name`, which hangs on `host`, on encoded examples.
 
@@ -76,6 +79,8 @@ def fit(
         facts: further entries for `data.json`, also kept with the adapter.
         objective: what is minimised; the mean over learned tokens if not given.
         observers: told of every step (see `inlay.train.observe`).
+        template: of the examples' prompts, which is recorded with the adapter; if not given, the one of
+            `settings.data.protocol`.
 
     Raises:
         InlayError: no gradient reached the adapter; the loss or gradient is not finite (that step is not taken, and the
@@ -83,6 +88,10 @@ def fit(
     """
     run_dir = Path(run_dir)
     _check(host, name, settings)
+    if template is None and name not in host.templates and settings.data.protocol in PROTOCOLS:
+        template = PROTOCOLS[settings.data.protocol].eval
+    if template is not None:
+        host.templates[name] = template_json(template)
     train, val = usable(examples, "training"), usable(val_examples, "validation") if val_examples else []
     about = _about(examples, train, val_examples, val, facts or {})
     digests = [part["sha256_of_tokens"] for part in (about["train"], about["validation"]) if part]
