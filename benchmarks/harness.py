@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks.json"
-PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters")
+PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters", "trl")
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,20 @@ def total(parts: Iterable[Took]) -> Took:
     return Took(sum(walls), sum(cpus))
 
 
-def rounds(variants: Mapping[str, Callable[[], object]], number: int) -> dict[str, list[Took]]:
+def rounds(
+    variants: Mapping[str, Callable[[], object]], number: int, before: Callable[[], None] = lambda: None
+) -> dict[str, list[Took]]:
     """Time of each variant in each round, one after another within a round; a first round is thrown away.
 
     A variant may return its own `Took`, where part of its work is not to be counted.
+
+    Args:
+        before: called before each round that counts.
     """
     found: dict[str, list[Took]] = {name: [] for name in variants}
     for turn in range(number + 1):
+        if turn:
+            before()
         for name, run in variants.items():
             began = clock()
             told = run()
@@ -159,36 +166,13 @@ def state(package: Path | None = None) -> str:
     return f"{commit}+" if changed else commit
 
 
-class Watch:
-    """What else the machine did meanwhile: cores busy with other processes, and cores that the hypervisor took."""
-
-    def __init__(self) -> None:
-        self.began = self._now()
-        self.last: dict[str, float] = {}
-
-    @staticmethod
-    def _now() -> tuple[float, float, float, float]:
-        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        user, nice, system, _, _, irq, softirq, steal = (int(x) / os.sysconf("SC_CLK_TCK") for x in first)
-        own = os.times()
-        mine = own.user + own.system + own.children_user + own.children_system
-        return time.monotonic(), user + nice + system + irq + softirq, steal, mine
-
-    def told(self) -> dict[str, float]:
-        """Means in cores since this was last asked, and the load average now. One measurement may give several results
-        at once: they share their means."""
-        now = self._now()
-        seconds, busy, steal, mine = (b - a for a, b in zip(self.began, now, strict=True))
-        if seconds > 0.5 or not self.last:
-            cores = {"others": (busy - mine) / seconds, "stolen": steal / seconds}
-            self.last = {k: round(max(v, 0.0), 2) for k, v in cores.items()} | {"loadavg": round(os.getloadavg()[0], 2)}
-            self.began = now
-        return self.last
-
-
-def record(result: Result, command: str, load: Mapping[str, float], path: Path = RESULTS) -> None:
+def record(result: Result, command: str, load: Mapping[str, Any], path: Path = RESULTS) -> None:
     """Put a result into the file, in place of an older one of the same workload and peer on
-    this processor."""
+    this processor.
+
+    Args:
+        load: what ran beside it: `Watch.told`, and where noted `Watch.noted` and `beside`, the busy loops asked for.
+    """
     there = json.loads(path.read_text()) if path.exists() else []
     here = machine()
 
