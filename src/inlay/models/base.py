@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer: an embedded one, a folder, or a Hub id."""
+"""Loading a base model and its tokenizer: an embedded or a real one by name, a folder, or a Hub id."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from inlay.core.errors import InlayError
+from inlay.models import real
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDED = {"tiny-llama": "llama", "tiny-gptj": "gptj", "tiny-bloom": "bloom"}
@@ -22,11 +23,16 @@ def where(name: str | Path) -> str:
         from inlay.models import embedded
 
         return str(embedded.path(EMBEDDED[str(name)]))
+    if str(name) in real.CATALOGUE:
+        return str(real.path(str(name)))
     return str(name)
 
 
 def load_base(name: str | Path, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of `tiny-llama`, `tiny-gptj`, `tiny-bloom`, a folder or a Hub id. Remote code is never run.
+    """(model, tokenizer) of a name, a folder or a Hub id. Remote code is never run.
+
+    Names are `tiny-llama`, `tiny-gptj`, `tiny-bloom`, which come with Inlay, and those of `inlay.models.real`, whose
+    packages must be installed.
 
     Args:
         dtype: `fp32`, `bf16` or `fp16`; as stored if not given, except that the embedded bases come in fp32.
@@ -75,5 +81,5 @@ def _told(name: str | Path) -> Iterator[None]:
     except OSError as e:
         raise InlayError(
             f"cannot load the base {str(name)!r}: {str(e).splitlines()[0]} "
-            f"Give a folder, a Hub id, or one of {', '.join(EMBEDDED)}."
+            f"Give a folder, a Hub id, or one of {', '.join([*EMBEDDED, *real.CATALOGUE])}."
         ) from e

@@ -146,8 +146,9 @@ def _announce(
     loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Checkpoint | None, beside: Sequence[str]
 ) -> None:
     kept = loop.settings.run.cache_activations
+    form = {"base_form": loop.base["form"]} if "form" in loop.base else {}
     changed = record.write_environment(
-        run_dir, loop.host.device, loop.step, ranks=loop.team.size, cache_activations=kept
+        run_dir, loop.host.device, loop.step, ranks=loop.team.size, cache_activations=kept, **form
     )
     if found is None:
         journal.say(
