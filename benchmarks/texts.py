@@ -21,9 +21,9 @@ def examples(size: str, kind: str, count: int, data: Path | None = None) -> tupl
     """`count` examples, and what they are: texts of `data` if the base is real and has such texts, else recorded
     lengths with random ids. ValueError for a kind that is neither recorded nor found."""
     if data is not None and size in REAL and kind in TASKS:
-        import inlay
+        from inlay.models.base import load_tokenizer
 
-        return encoded(kind, data, inlay.load_base(size)[1])[:count], "real texts"
+        return encoded(kind, data, load_tokenizer(size))[:count], "real texts"
     if kind not in CUTOFF:
         raise ValueError(f"no lengths are recorded for {kind!r}: give --data and one of {', '.join(REAL)} as --size")
     return rows(kind, count, llama(size, device="meta").config.vocab_size), "recorded lengths, random ids"

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -58,37 +58,39 @@ class Peer:
         """(losses, time) of so many optimizer steps from the first example on."""
         losses: list[float] = []
         took: list[Took] = []
-        data: Any = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
+        data = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            in_order(
-                model=self.model,
-                args=self._arguments(folder, number),
-                train_dataset=data,
-                data_collator=collate,
-                callbacks=[watching(losses, took)],
-            ).train()
+            self._trainer(self._settings(folder, number), data, watching(losses, took)).train()
         return losses, took
 
-    def _arguments(self, folder: str, steps: int) -> Any:
-        from transformers import TrainingArguments
+    def _trainer(self, settings: dict[str, Any], data: list[dict[str, list[int]]], callback: Any) -> Any:
+        """What trains: transformers' Trainer over padded batches."""
+        from transformers import Trainer, TrainingArguments
 
-        return TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=self.size,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=next(self.model.parameters()).device.type == "cpu",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            **self.arguments,
+        args, rows = TrainingArguments(**settings), cast(Any, data)
+        return in_order(
+            Trainer, model=self.model, args=args, train_dataset=rows, data_collator=collate, callbacks=[callback]
         )
+
+    def _settings(self, folder: str, steps: int) -> dict[str, Any]:
+        """Of `TrainingArguments`."""
+        settings = {
+            "output_dir": folder,
+            "max_steps": steps,
+            "per_device_train_batch_size": self.size,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": next(self.model.parameters()).device.type == "cpu",
+            "dataloader_pin_memory": False,
+            "remove_unused_columns": False,
+        }
+        return settings | self.arguments
 
 
 def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -103,12 +105,11 @@ def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 
 # transformers' Trainer is imported only by who trains with it: what it takes is no memory of ours (`benchmarks.child`).
-def in_order(**arguments: Any) -> Any:
-    """A Trainer that takes its examples in the order of the data."""
+def in_order(kind: Any, **arguments: Any) -> Any:
+    """A trainer of this kind (`transformers.Trainer` or a subclass) that takes its examples in the order of the data."""
     from torch.utils.data import SequentialSampler
-    from transformers import Trainer
 
-    class InOrder(Trainer):
+    class InOrder(kind):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
