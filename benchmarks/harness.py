@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import gc
 import json
 import os
 import platform
@@ -114,17 +117,41 @@ def faster(workload: str, ours: Sequence[Took], peer: Sequence[Took], peer_is: s
 
 def peak(*arguments: str) -> float:
     """Peak resident MiB of a fresh `python -m benchmarks.child ...`."""
+    return _child(*arguments)[-1]
+
+
+def above(*arguments: str) -> float:
+    """MiB that training adds, at its peak, to such a process that holds weights, adapter and all that it imports."""
+    idle, most = _child(*arguments)
+    return most - idle
+
+
+def _child(*arguments: str) -> list[float]:
     command = [sys.executable, "-m", "benchmarks.child", *arguments]
     made = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if made.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{made.stderr[-2000:]}")
-    return float(made.stdout.split()[-1])
+    return [float(x) for x in made.stdout.splitlines()[-1].split()]
 
 
 def own_peak() -> float:
     """Peak resident MiB of this process. (Not getrusage's: that remembers the parent's size from before exec.)"""
+    return _status("VmHWM")
+
+
+def settle() -> float:
+    """Give free memory back and let the peak begin anew, so that loading is not in it; resident MiB now."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not allowed in some containers: then loading is in the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> float:
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
 
 def machine() -> dict[str, object]:

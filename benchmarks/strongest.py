@@ -1,176 +1,103 @@
-"""The strongest way of training that PEFT's users have on a CPU: every setting is tried, the fastest is compared.
-
-A setting is a trainer (transformers' Trainer, or TRL's SFTTrainer with its loss in slices), how a batch is laid out
-(padded, or padding-free in one row), and how attention keeps the sequences of such a row apart: by the block-diagonal
-mask that transformers derives from positions, or sequence by sequence, as kernels for variable lengths do on GPUs.
-
-What else might make a peer faster is the same for all of them: no gradient checkpointing, fused AdamW, no dropout, and
-in bf16 a base in bf16 with adapters in float32, as PEFT casts them, or autocast over a base in float32.
-"""
+"""LoRA against the fastest way of training with PEFT: each setting takes a step, the fastest are measured in rounds."""
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
 
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-
-from benchmarks.harness import Took
+from benchmarks import texts
+from benchmarks.asked import BATCH, PEFT, Asked
+from benchmarks.bases import llama
+from benchmarks.harness import SHARE, Result, Took, above, compare
 from benchmarks.lengths import Row
-from benchmarks.train import Ours, Peer, alike, collate, in_order, peft_config, turn
+from benchmarks.peers import PLAIN, Peers, Setting, Tuned, settings
+from benchmarks.train import Ours, Side, alike, timed, turn
 
-BY_SEQUENCE = "by_sequence"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of training with PEFT."""
-
-    trl: bool = False
-    """TRL's SFTTrainer, whose loss never holds all logits; otherwise transformers' Trainer."""
-    flat: bool = False
-    """The batch in one row, without padding."""
-    attention: str = "sdpa"
-    """`sdpa`, or `by_sequence` for rows that are flat."""
-    autocast: bool = False
-    """In bf16: a base in float32, computed in bf16 by autocast."""
-
-    def __str__(self) -> str:
-        name = "TRL SFTTrainer" if self.trl else "PEFT + Trainer"
-        details = {"padding-free": self.flat, "attention by sequence": self.attention == BY_SEQUENCE}
-        return ", ".join([name, *(k for k, v in (details | {"autocast": self.autocast}).items() if v)])
+STRONGEST = "the strongest of PEFT's settings"
+Measure = Callable[[Mapping[str, Callable[[], object]]], dict[str, list[Took]]]
+"""Rounds of several variants: `Asked.measured`."""
+MARGIN = 1.15
+"""Settings whose first step took at most this much longer than the fastest one's are measured as well."""
+FINALISTS = 2
 
 
-LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"flat": True}, {"flat": True, "attention": BY_SEQUENCE})
-PLAIN = Setting()
-"""What the other training benchmarks compare with."""
+class Trial:
+    """Ours and every setting on the same base, adapter, examples and batches; both compute the same losses."""
+
+    def __init__(self, size: str, examples: Sequence[Row], method: str, dtype: str, batch: int, folder: Path):
+        self.peers = {False: Peers(llama(size, dtype), method, examples, batch, folder / "a")}
+        self.ours = Ours(llama(size, dtype), method, examples, batch, folder / "a")
+        if any(s.autocast for s in settings(dtype)):
+            self.peers[True] = Peers(llama(size, "fp32"), method, examples, batch)
+            self.peers[True].start = self.peers[False].start
+        self.agreed: dict[Setting, str] = {}
+        self.first: dict[Setting, Took] = {}
+        """Time of each setting's second step."""
+        losses = self.ours.steps(2)[0]
+        for setting in settings(dtype):
+            own, took = self.side(setting, fresh=True).steps(2)
+            self.agreed[setting] = alike(losses, own, 1e-4 if dtype == "fp32" else 2e-3 if setting.autocast else 1e-3)
+            self.first[setting] = took[-1]
+
+    def side(self, setting: Setting, fresh: bool = False) -> Tuned:
+        """One setting, from the adapter's first tensors if `fresh`."""
+        peers = self.peers[setting.autocast]
+        if fresh:
+            peers.fresh()
+        return peers.of(setting)
+
+    def finalists(self) -> list[Setting]:
+        """The settings that may be the fastest, by one step each."""
+        ranked = sorted(self.first, key=lambda s: self.first[s].wall)
+        limit = MARGIN * self.first[ranked[0]].wall
+        return [s for s in ranked if self.first[s].wall <= limit][:FINALISTS]
+
+    def tried(self) -> str:
+        """Every setting with the time of its one step."""
+        return "; ".join(f"{s} {took.wall:.2f} s" for s, took in self.first.items())
+
+    def measured(self, steps: int, measure: Measure) -> tuple[dict[Setting | None, list[Took]], Setting]:
+        """Time of `steps` steps in every round, ours under None; and the strongest setting: the least median."""
+        sides: dict[Setting | None, Side] = {None: self.ours}
+        sides |= {s: self.side(s) for s in dict.fromkeys([PLAIN, *self.finalists()])}
+        names = {str(s): s for s in sides}
+        took = measure({name: turn(sides[s], steps) for name, s in names.items()})
+        walls = {names[n]: statistics.median(t.wall for t in each) for n, each in took.items()}
+        best = min((s for s in sides if s is not None), key=lambda s: walls[s])
+        return {names[n]: each for n, each in took.items()}, best
 
 
-def settings(dtype: str) -> list[Setting]:
-    """Those that can be tried here: without TRL's if it is not installed; in bf16 each also under autocast."""
-    trainers = (False, True) if find_spec("trl") else (False,)
-    autocast = (False, True) if dtype == "bf16" else (False,)
-    return [Setting(trl, autocast=a, **way) for trl, way, a in itertools.product(trainers, LAYOUTS, autocast)]
+def strongest(asked: Asked) -> Iterator[Result]:
+    """LoRA against PEFT + Trainer and against the fastest of PEFT's and TRL's settings, in time and memory."""
+    for dtype, kind in product(asked.dtypes, asked.kinds):
+        examples, what = asked.examples(asked.size, kind)
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Trial(asked.size, examples, "lora", dtype, BATCH, Path(folder))
+        took, best = trial.measured(asked.steps, asked.measured)
+        for setting, peer_is in ((PLAIN, PEFT), (best, STRONGEST)):
+            told = f"{what}; {trial.agreed[setting]}"
+            if setting is best:
+                told += f"; it is {best}; one step of each: {trial.tried()}"
+            name = f"strongest lora {kind} {asked.size} {dtype}"
+            yield timed(name, took[None], took[setting], examples, BATCH, peer_is, told)
+        del trial
+        yield from _memory(asked, kind, dtype, examples, best)
 
 
-def by_sequence(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of each sequence of a flat row on its own; (1, heads, tokens, width) to (1, tokens, heads, width).
-
-    ValueError where nobody says where sequences begin: a padded batch would be computed wrongly.
-    """
-    if cu_seq_lens_q is None or query.shape[0] != 1:
-        raise ValueError("attention by sequence needs cu_seq_lens_q and a batch of one row; use a padding-free collator")
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Attention by sequence needs no mask."""
-
-
-class Peers:
-    """A base and an adapter of PEFT's, trained in any setting. They share the weights; one setting runs at a time."""
-
-    def __init__(self, model: Any, method: str, examples: Sequence[Row], size: int, adapter: Path | None = None):
-        import peft
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-
-        AttentionInterface.register(BY_SEQUENCE, by_sequence)
-        AttentionMaskInterface.register(BY_SEQUENCE, _no_mask)
-        self.examples, self.size = examples, size
-        self.model = peft.get_peft_model(model, peft_config(method))
-        if adapter is not None:
-            self.model.save_pretrained(adapter)
-        self.start = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def fresh(self) -> None:
-        """Back to the adapter's first tensors."""
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if name in self.start:
-                    p.copy_(self.start[name])
-
-    def of(self, setting: Setting) -> Tuned:
-        """One setting as a side of a comparison."""
-        return Tuned(self, setting)
-
-
-class Tuned(Peer):
-    """PEFT in one setting."""
-
-    def __init__(self, peers: Peers, setting: Setting):
-        self.examples, self.size, self.model, self.setting = peers.examples, peers.size, peers.model, setting
-        self.arguments = {"bf16": setting.autocast}
-
-    def steps(self, number: int) -> tuple[list[float], list[Took]]:
-        """(losses, time) of so many optimizer steps from the first example on."""
-        base = self.model.get_base_model()
-        base.set_attn_implementation(self.setting.attention)
-        try:
-            return super().steps(number)
-        finally:  # accelerate (autocast) and TRL (its loss) put forwards of their own over the classes'
-            for model in (self.model, base):
-                model.__dict__.pop("forward", None)
-
-    def _trainer(self, settings: dict[str, Any], data: list[dict[str, list[int]]], callback: Any) -> Any:
-        """What trains in this setting."""
-        if self.setting.trl:
-            return self._sft(settings, data, callback)
-        from transformers import Trainer, TrainingArguments
-
-        collator, rows = flat if self.setting.flat else collate, cast(Any, data)
-        args = TrainingArguments(**settings)
-        return in_order(
-            Trainer, model=self.model, args=args, train_dataset=rows, data_collator=collator, callbacks=[callback]
-        )
-
-    def _sft(self, settings: dict[str, Any], data: list[dict[str, list[int]]], callback: Any) -> Any:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        from inlay.models.base import load_tokenizer
-
-        args = SFTConfig(
-            **settings,
-            gradient_checkpointing=False,  # TRL's default is True
-            max_length=None,
-            padding_free=self.setting.flat,
-            dataset_kwargs={"skip_prepare_dataset": True},  # its rows are ids and labels
-        )
-        return in_order(
-            SFTTrainer,
-            model=self.model,
-            args=args,
-            train_dataset=Dataset.from_list(data),
-            # Padding-free, TRL takes no collator but its own; that one asks a tokenizer for padding that it never adds.
-            data_collator=None if self.setting.flat else collate,
-            processing_class=load_tokenizer("tiny-llama"),
-            callbacks=[callback],
-        )
-
-
-def flat(rows: Sequence[Any]) -> dict[str, Any]:
-    """Rows one after another in one, with what kernels for variable lengths ask for (transformers' own collator)."""
-    from transformers import DataCollatorWithFlattening
-
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(list(rows))
+def _memory(asked: Asked, kind: str, dtype: str, examples: Sequence[Row], best: Setting) -> Iterator[Result]:
+    """What training adds at its peak to a process that holds weights, adapter and imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "examples.json"
+        texts.write(examples, file)
+        common = (asked.size, str(file), "lora", dtype, str(BATCH), str(asked.steps), str(asked.threads))
+        sides = {"ours": "ours"} | {str(s): str(settings(dtype).index(s)) for s in (PLAIN, best)}
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(asked.rounds):
+            for name, side in sides.items():
+                found[name].append(above(side, *common))
+    for setting, peer_is in ((PLAIN, PEFT), (best, STRONGEST)):
+        name = f"memory above weights and imports, lora {kind} {asked.size} {dtype}"
+        yield compare(name, SHARE, found["ours"], found[str(setting)], "MiB", peer_is, f"it is {setting}")

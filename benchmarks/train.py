@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 
 from benchmarks.bases import ALL_LINEARS, llama
-from benchmarks.harness import Took, clock, total
-from benchmarks.lengths import Row
+from benchmarks.harness import Result, Took, clock, faster, total
+from benchmarks.lengths import Row, about
 
 LR = 1e-4
 METHODS = ("lora", "road", "prefix")
@@ -64,6 +65,10 @@ class Peer:
             self._trainer(self._settings(folder, number), data, watching(losses, took)).train()
         return losses, took
 
+    def warm(self) -> None:
+        """Import all that steps need."""
+        import transformers.trainer  # noqa: F401
+
     def _trainer(self, settings: dict[str, Any], data: list[dict[str, list[int]]], callback: Any) -> Any:
         """What trains: transformers' Trainer over padded batches."""
         from transformers import Trainer, TrainingArguments
@@ -106,7 +111,7 @@ def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 # transformers' Trainer is imported only by who trains with it: what it takes is no memory of ours (`benchmarks.child`).
 def in_order(kind: Any, **arguments: Any) -> Any:
-    """A trainer of this kind (`transformers.Trainer` or a subclass) that takes its examples in the order of the data."""
+    """A trainer of this kind (transformers' Trainer or a subclass) that takes its examples in the order of the data."""
     from torch.utils.data import SequentialSampler
 
     class InOrder(kind):  # type: ignore[misc]
@@ -176,6 +181,9 @@ class Ours:
         self.loop.feed.step = lambda number: cut[number % len(cut)]  # type: ignore[method-assign]
         self.examples = list(examples)
 
+    def warm(self) -> None:
+        """Nothing is left to import."""
+
     def steps(self, number: int) -> tuple[list[float], list[Took]]:
         """(losses, time) of so many optimizer steps from the first example on."""
         from inlay.train.loop import training
@@ -214,3 +222,16 @@ def pair(
 def turn(side: Side, steps: int) -> Callable[[], Took]:
     """Time of a round's steps, the first of which is not counted."""
     return lambda: total(side.steps(steps + 1)[1][1:])
+
+
+def timed(
+    name: str, ours: Sequence[Took], peer: Sequence[Took], examples: Sequence[Row], batch: int, peer_is: str, told: str
+) -> Result:
+    """A result of training, with tokens a second: those of the texts, whatever a side pads or computes once.
+
+    The first batch of `examples` is not counted (`turn`).
+    """
+    counted = examples[batch:]
+    tokens = sum(len(e.input_ids) for e in counted)
+    own, other = (f"{tokens / statistics.median(t.wall for t in side):.0f}" for side in (ours, peer))
+    return faster(name, ours, peer, peer_is, f"{own} against {other} real tokens/s; {about(counted, batch)}; {told}")
