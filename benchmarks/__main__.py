@@ -33,12 +33,11 @@ from benchmarks.generate import Generation
 from benchmarks.harness import FASTER, SHARE, Result, compare, faster, machine, peak, record, state
 from benchmarks.lengths import CUTOFF, Row, rows
 from benchmarks.many import Many
-from benchmarks.strongest import strongest
+from benchmarks.strongest import LIMIT, strongest
 from benchmarks.train import METHODS, Ours, Peer, Side, agree, pair, timed, turn
 from inlay.core.host import Host
 from inlay.engine.memory import kept
 
-LIMIT = "its matrix products alone, at the rate measured here"
 KINDS = ("math", "commonsense", "alpaca")
 ALL_KINDS = tuple(dict.fromkeys([*CUTOFF, *texts.TASKS]))
 

@@ -25,6 +25,8 @@ from benchmarks.lengths import Row
 from benchmarks.train import Peer, collate, in_order, peft_config
 
 BY_SEQUENCE = "by_sequence"
+TRACES = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""Attributes that trainers leave on a model."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Setting:
     """`sdpa`, or `by_sequence` for rows that are flat."""
     autocast: bool = False
     """In bf16: a base in float32, computed in bf16 by autocast."""
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the peers bring all of it: on a CPU, attention by sequence is a function that the user registers."""
+        return self.attention == "sdpa"
 
     def __str__(self) -> str:
         name = "TRL SFTTrainer" if self.trl else "PEFT + Trainer"
@@ -129,9 +136,11 @@ class Tuned(Peer):
         base.set_attn_implementation(self.setting.attention)
         try:
             return super().steps(number)
-        finally:  # accelerate (autocast) and TRL (its loss) put forwards of their own over the classes'
-            for model in (self.model, base):
-                model.__dict__.pop("forward", None)
+        finally:
+            # accelerate (autocast) and TRL (its loss) put forwards of their own over the classes', and accelerate
+            # leaves a model alone that it has prepared before: the next setting must find the model as it was.
+            for model, name in itertools.product((self.model, base), TRACES):
+                model.__dict__.pop(name, None)
 
     def warm(self) -> None:
         """Import all that steps need."""
