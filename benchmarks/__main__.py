@@ -34,6 +34,7 @@ from benchmarks.harness import FASTER, SHARE, Result, compare, faster, machine, 
 from benchmarks.lengths import CUTOFF, Row, rows
 from benchmarks.many import Many
 from benchmarks.strongest import LIMIT, strongest
+from benchmarks.threads import threads
 from benchmarks.train import METHODS, Ours, Peer, Side, agree, pair, timed, turn
 from inlay.core.host import Host
 from inlay.engine.memory import kept
@@ -240,7 +241,7 @@ def heterogeneous(asked: Asked) -> Iterator[Result]:
 
 WORKLOADS = {
     f.__name__: f
-    for f in (train, strongest, series, upper, memory, cost, choice, generate, hang, mix, heterogeneous, gpu)
+    for f in (train, strongest, threads, series, upper, memory, cost, choice, generate, hang, mix, heterogeneous, gpu)
 }
 
 

@@ -3,9 +3,11 @@
 import os
 import time
 
+import torch
+
 from benchmarks import __main__ as command
 from benchmarks import load
-from benchmarks.harness import rounds
+from benchmarks.harness import Took, rounds
 
 
 def test_busy_loops_run_while_they_are_asked_for_and_count_as_own():
@@ -58,3 +60,17 @@ def test_rounds_beside_a_load_say_so_in_their_row(monkeypatch, capsys):
     command.main()
     out = capsys.readouterr().out
     assert asked == [2] and "train lora math tiny fp32, beside 2 busy" in out and "'beside': 2" in out
+
+
+def test_threads_are_compared_with_each_other_and_with_the_peer(monkeypatch):
+    """Each variant runs with its number, which is the caller's again afterwards."""
+    from benchmarks import threads
+
+    monkeypatch.setattr(load, "PAUSE", 0.0)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(threads, "turn", lambda side, n: lambda: seen.append(torch.get_num_threads()) or Took(1.0, 1.0))
+    asked = command.of(command.parsed("threads --quick --kinds math --dtypes fp32 --threads 1".split()))
+    made = list(threads.threads(asked))
+    assert [r.peer_is for r in made] == ["PEFT + Trainer, threads 1", "ours, threads 2", "PEFT + Trainer, threads 2"]
+    assert seen == [1, 1, 2, 2] * 2 and torch.get_num_threads() == before
