@@ -24,6 +24,8 @@ import torch
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks.json"
 PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters", "trl")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that say how threads wait for one another: they decide the time on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def machine() -> dict[str, object]:
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "environment": {name: os.environ[name] for name in WAITING if name in os.environ},
         "python": platform.python_version(),
         "packages": found,
     }
