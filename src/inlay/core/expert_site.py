@@ -231,7 +231,6 @@ class ExpertsForward:
                 return f"{update.rows} of {want} rows are multiplied by {update.name} where it can be seen"
         return ""
 
-
     def _matrices(self) -> int:
         """Experts that have a matrix in every parameter of the module."""
         return min(len(p) for p in self._layer._parameters.values() if p is not None and p.dim() == 3)
