@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from inlay.core.config import text_config
+
 if TYPE_CHECKING:
     from inlay.core.host import Host
 
@@ -45,7 +47,7 @@ def fingerprint(host: Host) -> dict[str, Any]:
     as dequantised ones; it goes wherever the fingerprint goes: adapters, checkpoints, evaluations. `next` is there for
     tensors in `ROUNDED` only, so that fingerprints of Inlay 0.1 are still recognised.
     """
-    config = host.model.config
+    config = text_config(host.model.config)
     shape = {k: v for k in SHAPE if (v := getattr(config, k, None)) is not None}
     keys = {key: key.replace("last", str(host.anatomy.layers - 1)) for key in SAMPLED}
     paths = {s.key: s.path for s in host.anatomy.spots if s.part is None and s.key in keys.values()}
@@ -54,7 +56,7 @@ def fingerprint(host: Host) -> dict[str, Any]:
     sampled = {key: w for key, w in weights.items() if readable(w) and not w.is_meta}
     following = {key: _sample(w, after=1) for key, w in sampled.items() if w.numel() in ROUNDED}
     values = {key: _sample(w) for key, w in sampled.items()}
-    form = getattr(config, "base_form", None)
+    form = getattr(host.model.config, "base_form", None)
     optional = {"next": following, "form": form}
     return {"shape": shape, "values": values, **{k: v for k, v in optional.items() if v}}
 

@@ -82,7 +82,9 @@ def answers(
         plan: the adapter worn; None is the bare base.
         progress: what the progress bar is called; none is shown without.
     """
-    how = GenerateSettings(max_new_tokens=limit, batch_size=settings.batch_size, stop=settings.wording.stop)
+    how = GenerateSettings(
+        max_new_tokens=limit, batch_size=settings.batch_size, stop=settings.wording.stops(host, tokenizer)
+    )
     found = [""] * len(prompts)
     with bar(bool(progress)) as shown:
         mark = shown.add_task(progress, total=len(prompts))
@@ -239,6 +241,8 @@ def table_key(host: Host, tokenizer: Any, items: Sequence[Item], settings: Measu
     """SHA-256 over base, tokenisation of the items, items and settings: tables of one key are equal."""
     plain = dataclasses.asdict(settings)
     plain.pop("batch_size")
+    if settings.wording.chat is None:  # keys of before there was a choice
+        del plain["wording"]["chat"]
     wording = settings.wording
     tokens = [
         wording.prompts(tokenizer, [i.prompt for i in items]),
