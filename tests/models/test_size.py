@@ -175,7 +175,7 @@ def _sparse(path, size):
 
 
 def test_parameters_beyond_int32_are_counted():
-    """Without their memory: LLaMA-65B's every linear at rank 1,024, and all of it trained."""
+    """Without their memory: LLaMA-65B's every linear at rank 1,024."""
     per_block = sum(1024 * (i + o) for i, o in [(8192, 8192)] * 4 + [(8192, 22016)] * 2 + [(22016, 8192)])
-    assert plan("llama-65b", "lora", at="linear", settings={"rank": 1024}).trainable == 80 * per_block
-    assert plan("llama-65b", "full").trainable == plan("llama-65b").total > 2**35
+    counted = plan("llama-65b", "lora", at="linear", settings={"rank": 1024})
+    assert counted.trainable == 80 * per_block > 2**31 and counted.total > 2**35
