@@ -122,7 +122,8 @@ def test_train_inspect_chat_and_eval_agree_on_the_template(chat_base, records, t
     _, other, err = inlay_("chat", chat_base, *some, "--prompt", "Hi", "--template", "chat")
     assert other != said and "trained with no template; it is asked by the tokenizer's chat template" in err
     out = tmp_path / "eval"
-    assert inlay_("eval", "--model", chat_base, *some, "--bare", "--tasks", "world-addsub", "--limit", 2, "--out", out)[0] == 0  # fmt: skip
+    tasks = ("--bare", "--tasks", "world-addsub", "--limit", 2, "--out", out)
+    assert inlay_("eval", "--model", chat_base, *some, *tasks)[0] == 0
     templates = json.loads((out / "report.json").read_text())["settings"]["templates"]
     assert templates == {"base": {"name": "chat", "chat_template": CHATML}, "run": {"name": "none"}}
 

@@ -1,4 +1,4 @@
-"""Each adapter is asked by the template that it was trained with: alone, in mixed batches, composed, and after saving."""
+"""Each adapter is asked by the template that it was trained with: alone, in mixed batches, composed and saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: prompts of evaluation begin training rows, the end of a turn is learned, no start token comes twice."""
+"""Chat templates: prompts begin training rows, the end of a turn is learned, no start token comes twice."""
 
 from __future__ import annotations
 
