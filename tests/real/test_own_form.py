@@ -10,27 +10,20 @@ from inlay.evaluate import GenerateSettings, generate
 from inlay.tasks import CLEAN, Record, choose, encode, encode_prompt
 from inlay.tasks.templates import ALPACA
 
-CAPITALS = {
-    "Spain": "Madrid",
-    "Japan": "Tokyo",
-    "Russia": "Moscow",
-    "Greece": "Athens",
-    "Norway": "Oslo",
-    "Peru": "Lima",
-}
+CAPITALS = {"Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Norway": "Oslo"}
 
 
 def right(host, tok, template) -> int:
-    """Answers that name the capital and end within 16 tokens."""
+    """Answers that name the capital and end within 12 tokens."""
     asked = [Record(f"Which city is the capital of {c}? Answer with the city alone.") for c in CAPITALS]
     ids = [encode_prompt(r, tok, CLEAN, None, template).input_ids for r in asked]
-    said = generate(host, tok, ids, None, GenerateSettings(max_new_tokens=16))
+    said = generate(host, tok, ids, None, GenerateSettings(max_new_tokens=12))
     return sum(city in s.text and s.finished == "eos" for city, s in zip(CAPITALS.values(), said, strict=True))
 
 
 def test_capitals_are_answered_better_in_its_own_form(host, loaded):
     own, alpaca = (right(host, loaded[1], t) for t in (choose(None, loaded[1]), ALPACA))
-    assert own >= 5 and own >= alpaca + 2
+    assert own == 4 > alpaca
 
 
 def test_training_rows_are_the_tokens_of_its_own_conversations(loaded):
