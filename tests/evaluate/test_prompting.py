@@ -136,6 +136,17 @@ def test_adapters_without_a_record_are_asked_by_the_default_said_once(folder):
     ]
 
 
+def test_a_template_that_is_not_known_is_refused_unless_another_is_chosen(folder):
+    model, tok = inlay.load_base(folder, device="cpu")
+    host, told = inlay.attach(model), []
+    host.add("new", inlay.method("lora").make(rank=2), seed=0)
+    host.templates["new"] = {"name": "chat", "form": "of next year"}
+    with pytest.raises(InlayError, match="which this Inlay does not know.*choose a template"):
+        Prompting(host, tok, None, told.append).of(("new",))
+    assert Prompting(host, tok, "none", told.append).of(("new",)) is NONE
+    assert told == ["new was trained with a template that this Inlay does not know; it is asked by no template"]
+
+
 def test_adapters_worn_together_have_their_common_template(worn):
     host, tok = worn
     told = []

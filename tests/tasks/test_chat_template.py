@@ -188,7 +188,8 @@ def test_records_of_templates_are_read_back(tmp_path):
     for template in (ALPACA, NONE, PUBLISHED_EVAL, mine, ChatTemplate("chat", CHATML)):
         assert recorded(template_json(template)) == template
     assert recorded(None) is None and template_json(ALPACA) == {"name": "alpaca"}
-    for strange in ({"name": "next year's"}, {}, {"name": 3}, {"name": "x", "bare": "{instruction}"}):
+    assert recorded("none") is NONE and recorded("clean") is ALPACA  # by hand
+    for strange in ({"name": "next year's"}, {}, {"name": 3}, {"name": "x", "bare": "{instruction}"}, 3, ["alpaca"]):
         with pytest.raises(InlayError, match="which this Inlay does not know"):
             recorded(strange)
 
