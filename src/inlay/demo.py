@@ -158,13 +158,14 @@ def fit_arm(
 ) -> float:  # fmt: skip
     """Hang and train one adapter; its training time in seconds."""
     from inlay.methods import method
-    from inlay.tasks import CLEAN, encode_all
+    from inlay.tasks import CLEAN, choose, encode_all
     from inlay.train import DataSettings, OptimSettings, RunSettings, TrainSettings, fit
 
     row = method(arm.method)
     host.add(arm.name, row.make(**arm.settings), at=row.places, seed=seed)
     say(f"training {arm.name}: {host.count(arm.name):,} parameters, {steps} steps of {batch_size}")
-    examples, _ = encode_all(list(train), tokenizer, CLEAN, 256)
+    template = choose(None, tokenizer)
+    examples, _ = encode_all(list(train), tokenizer, CLEAN, 256, template)
     settings = TrainSettings(
         model=str(getattr(host.model.config, "_name_or_path", "") or "base"),
         method=arm.method,
@@ -176,7 +177,7 @@ def fit_arm(
         run=RunSettings(seed=seed, save_every=0, loggers=("none",), progress=progress),
     )
     began = time.perf_counter()
-    fit(host, arm.name, examples, [], settings, settings.out, tokenizer, overwrite=True)
+    fit(host, arm.name, examples, [], settings, settings.out, tokenizer, overwrite=True, template=template)
     return time.perf_counter() - began
 
 
@@ -186,11 +187,12 @@ def judge(
     """(right or not, text) per adapter and record; the batches mix all adapters."""
     from inlay.evaluate import GenerateSettings
     from inlay.evaluate.decode import generate_each
-    from inlay.tasks import CLEAN, get
+    from inlay.tasks import choose, get
     from inlay.tasks.score import score
 
     rows = [(name, i) for i in range(len(records)) for name in names]
-    prompts = [CLEAN.eval.prompt(records[i]) for _, i in rows]
+    template = choose(None, tokenizer)
+    prompts = [template.prompt_ids(records[i], tokenizer) for _, i in rows]
     settings = GenerateSettings(max_new_tokens=get(task).max_new_tokens, batch_size=50)
     texts: dict[int, str] = {}
     with _bar(progress) as bar:
@@ -223,8 +225,8 @@ def telling(before: list[tuple[bool, str]], after: dict[Any, list[tuple[bool, st
 def mixed(host: Host, tokenizer: Any, record: Record, plan: Sequence[str | None]) -> dict[str | None, str]:
     """One question, one batch, each row another adapter."""
     from inlay.evaluate import GenerateSettings, generate
-    from inlay.tasks import CLEAN
+    from inlay.tasks import choose
 
-    prompts = [CLEAN.eval.prompt(record)] * len(plan)
+    prompts = [choose(None, tokenizer).prompt_ids(record, tokenizer)] * len(plan)
     said = generate(host, tokenizer, prompts, list(plan), GenerateSettings(max_new_tokens=64, batch_size=len(plan)))
     return {name: one.text for name, one in zip(plan, said, strict=True)}
