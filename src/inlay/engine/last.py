@@ -46,7 +46,8 @@ class _Last:
         whole = self.host.now
         read_N = whole.layout.read_N if whole.layout is not None else None
         hooked = any(m._forward_hooks or m._backward_hooks for m in (self.block, self.attention))
-        if not self.served or read_N is None or len(read_N) > SHARE * whole.batch or hooked or not args:
+        # Where nothing is read the block is whole: decoders' own code need not bear a batch of no rows.
+        if not self.served or read_N is None or not 0 < len(read_N) <= SHARE * whole.batch or hooked or not args:
             return type(self.block).forward(self.block, *args, **kwargs)
         work = functools.partial(self._narrowed, read_N, **kwargs)
         if getattr(self.block, "gradient_checkpointing", False) and self.block.training:
