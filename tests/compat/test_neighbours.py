@@ -98,6 +98,21 @@ def test_transforms_are_seen_and_a_torch_that_does_not_tell_counts_as_one(monkey
     assert compat_torch.observed()
 
 
+def test_onednn_with_other_arguments_or_numbers_is_not_used(monkeypatch):
+    found = compat_torch.has_onednn_linear.__wrapped__
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    assert found()
+    monkeypatch.setattr(compat_torch, "onednn_linear", lambda x, W, b: x @ W.t())
+    assert not found(), "the bias is lost"
+
+    def other(x, W, b):
+        raise TypeError("unexpected argument")
+
+    monkeypatch.setattr(compat_torch, "onednn_linear", other)
+    assert not found()
+
+
 # ---- optional libraries ----------------------------------------------------------------------------------------------
 def test_peft_models_and_trl_arguments_are_told_from_others():
     peft = pytest.importorskip("peft")
