@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 
 import inlay
+from inlay.compat import kv_cache
+from inlay.core.errors import InlayError
 from tests.laws.zoo import FAMILIES, base, batch, excite, places, small
 
 NAMES = ["prefix", "prompt", "ptuning", "road1"]
@@ -47,3 +50,40 @@ def test_generate_is_uncached_greedy_in_a_padded_mixed_batch_and_beams_need_no_c
         return
     with torch.no_grad(), host.using("prefix"):
         assert not torch.equal(host.model.generate(**inputs, **GO)[1:, 7:], torch.tensor(got[1:])), "they do nothing"
+
+
+def test_virtual_tokens_before_pictures_stand_where_real_ones_would():
+    """Positions in several parts (M-RoPE): a prompt adapter that holds embeddings of three tokens is these tokens."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, patch_size=4, spatial_merge_size=1)
+    config = hf.Qwen2VLConfig(
+        text_config=dict(sizes, num_key_value_heads=2, rope_parameters=rope),
+        vision_config=dict(vision, temporal_patch_size=1),
+        image_token_id=90,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    torch.manual_seed(0)
+    model = hf.Qwen2VLForConditionalGeneration(config).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.normal_(std=0.15)
+
+    def picture(ids: list[int]) -> dict:
+        x = torch.tensor([ids])
+        seen = {"pixel_values": torch.linspace(-1, 1, 192).view(4, 48), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+        if "mm_token_type_ids" in kv_cache.parameters(model).names:
+            seen["mm_token_type_ids"] = (x == 90).int()
+        return {"input_ids": x, "attention_mask": torch.ones_like(x), **seen}
+
+    row = [5, 92, 90, 90, 90, 90, 93, 7, 8]
+    want = model.generate(**picture([20, 21, 22, *row]), **GO)[:, 3 + len(row) :]
+    host = inlay.attach(model).add("prompt", small("prompt"), seed=0)
+    (name,) = host.tensors("prompt")
+    host.fill("prompt", {name: model.get_input_embeddings().weight[20:23].detach()})
+    with torch.no_grad(), host.using("prompt"):
+        for cached in (True, False):
+            assert torch.equal(model.generate(**picture(row), **GO, use_cache=cached)[:, len(row) :], want)
+        with pytest.raises(InlayError, match="positions of pictures itself.*give position_ids"):
+            model(**picture(row))
