@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from inlay.compat.torch import observed
+from inlay.compat.torch import observed, onednn_linear
 from inlay.core import processor
 
 THIN = 32
@@ -54,11 +54,11 @@ def onednn_product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
     Args:
         x: (..., D_in), not empty.
-        W: (D_out, D_in), dense, or as `mkldnn._reorder_linear_weight` made it.
+        W: (D_out, D_in), dense, or as `inlay.compat.torch.onednn_reorder` made it.
         b: (D_out,).
     """
     # The operator ignores the stride of b.
-    return torch.ops.mkldnn._linear_pointwise(x, W, None if b is None else b.contiguous(), "none", [], "")  # type: ignore[no-any-return]
+    return onednn_linear(x, W, None if b is None else b.contiguous())
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
