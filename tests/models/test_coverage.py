@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import inlay
+from inlay.core.edit import Call
 from tests.models import coverage
 from tests.models import tiny_configs as tiny
 
@@ -179,3 +180,17 @@ def test_a_place_that_no_forward_calls_is_said():
     inputs = tiny.inputs("bart", tiny.CAUSAL)
     with host.using("a"), pytest.warns(UserWarning, match="'a' did nothing at some places; 4 of 8 places .* 0.cross_q"):
         model(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["ctrl", "openai-gpt"])
+def test_sublayers_that_are_sequences_or_give_lists_can_be_edited(kind):
+    """CTRL's MLP is an `nn.Sequential`, which runs every child it has; OpenAI GPT's attention gives a list."""
+    model, inputs = tiny.model(kind, tiny.CAUSAL), tiny.inputs(kind, tiny.CAUSAL)
+    bare = tiny.logits(model, inputs)
+    host, _ = coverage.hung(model, "a", "attn,mlp")
+    with host.using("a"), torch.no_grad():
+        assert torch.equal(tiny.logits(model, inputs), bare), "a fresh adapter changes nothing"
+        for key, w in host.by_place("a").items():
+            w["B"].data.fill_(1.0)
+            assert not torch.equal(tiny.logits(model, inputs), bare), key
+            w["B"].data.zero_()

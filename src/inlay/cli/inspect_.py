@@ -133,7 +133,7 @@ def grouped(tensors: dict[str, list[int]]) -> dict[tuple[str, str], int]:
 # ---- models ----------------------------------------------------------------------------------------------------------
 def model(name: str) -> dict[str, Any]:
     """A model's anatomy as plain data; no weights are read."""
-    from inlay.core.place import widths
+    from inlay.core.place import collapsed, ranges, widths
     from inlay.models.anatomy import anatomy
     from inlay.plan.skeleton import parameters, skeleton
 
@@ -141,14 +141,19 @@ def model(name: str) -> dict[str, Any]:
     parts = anatomy(base)
     hidden = parts.hidden or 0
     roles: dict[str, dict[str, Any]] = {}
+    layers: dict[str, set[int]] = {}
     for spot in parts.spots:
+        layers.setdefault(spot.role, set()).update([] if spot.layer is None else [spot.layer])
         if spot.role in roles:
             roles[spot.role]["places"] += 1
             continue
-        d_in, d_out = widths(base.get_submodule(spot.path), hidden)
+        d_in, d_out = widths(base.get_submodule(spot.path), spot.width or hidden)
         d_out = spot.part.width(d_out) if spot.part else d_out
         fused = spot.part is not None
         roles[spot.role] = {"places": 1, "in": d_in, "out": d_out, "example": spot.path, "part_of_fused": fused}
+    for spot in parts.spots:  # of roles that some layers lack, which layers have them
+        if 0 < len(layers[spot.role]) < parts.layers_of(spot.tower):
+            roles[spot.role]["layers"] = ranges(layers[spot.role])
     return {
         "model": name,
         "family": parts.family,
@@ -156,6 +161,8 @@ def model(name: str) -> dict[str, Any]:
         "hidden": hidden,
         "parameters": parameters(base),
         "roles": roles,
+        "linear": sum(s.linear and not s.tower for s in parts.spots),
+        "unreached": collapsed(parts.unreached),
     }
 
 
@@ -175,8 +182,12 @@ def show_model(found: dict[str, Any]) -> None:
         table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
     for role, at in found["roles"].items():
         where = escape(at["example"]) + ("[dim], a part of it[/]" if at["part_of_fused"] else "")
+        where += f"[dim], layers {at['layers']} only[/]" if "layers" in at else ""
         table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", where)
     out.print(table)
+    out.print(f"\n`linear` is {found['linear']:,} places: every linear of the language model's blocks")
+    if found["unreached"]:
+        out.print("[yellow]not reached by it[/]: " + escape(", ".join(found["unreached"])))
     last = found["layers"] - 1
     out.print(
         f"""
@@ -184,7 +195,7 @@ def show_model(found: dict[str, Any]) -> None:
   q,v                  every layer's q and v
   down@0-{last // 2:<14}layers 0 to {last // 2}; also @{last}, @last2, @first1+last1
   o:parallel           from its input to its output; also :input, :output (= :series)
-  {"*." + _last(found):<20} every module of that name; `linear` is every linear of the blocks""",
+  {"*." + _last(found):<20} every module of that name""",
         soft_wrap=True,
     )
 

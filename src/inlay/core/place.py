@@ -74,6 +74,8 @@ class Spot:
     """Whether `linear` (`vision.linear` of a tower's) includes it."""
     tower: str = ""
     """The part of the model beside the decoder that it is in (`vision`); `layer` then counts that part's layers."""
+    width: int | None = None
+    """Width of the residual stream here, where it is not the decoder's."""
 
 
 @dataclass(frozen=True)

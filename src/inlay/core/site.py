@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Site(nn.Module):
         self._host = [host]  # in a list: the host is no child of the layer
         self._layer = [layer]
         self._worn = Worn(())
-        d_in, d_out = widths(layer, host.hidden)
+        d_in, d_out = widths(layer, spot.width or host.hidden)
         self.place = Place(
             self.frozen,
             d_in,
@@ -88,6 +88,10 @@ class Site(nn.Module):
         """Whether what it takes and gives is known: one tensor each, of the same tokens."""
         self._hooks = [layer.register_forward_hook(self._post, with_kwargs=True)]
         layer.add_module(self._child, self)
+
+    def forward(self, x: Any) -> Any:
+        """A child of an `nn.Sequential` is run by it: this one passes on what it is given."""
+        return x
 
     @property
     def _child(self) -> str:
@@ -103,7 +107,7 @@ class Site(nn.Module):
         host, dtype = self._host[0], x.dtype
         x = x.to(host.device, host.dtype if x.is_floating_point() else None)
         y = self.layer.forward(x)
-        y = y[0] if isinstance(y, tuple) else y
+        y = y[0] if isinstance(y, (tuple, list)) else y
         y = self.spot.part.get(y) if self.spot.part else y
         return y.to(dtype) if x.is_floating_point() else y
 
@@ -251,14 +255,19 @@ class Site(nn.Module):
         if not worn.after:
             return None
         x = self._input(args, kwargs)[0] if x is None else x
-        whole = out[0] if isinstance(out, tuple) else out
+        several = isinstance(out, (tuple, list))
+        whole = out[0] if several else out
         part = self.spot.part
         y = part.get(whole) if part else whole if self._plain else self._as_tokens(x, whole)
         new = self.run(worn, x, y, spare=part is None and _fresh(layer))
         if new is y:
             return None
         new = part.put(whole, new) if part else new if self._plain else new.reshape(whole.shape)
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        if not several:
+            return new
+        if hasattr(out, "_replace"):  # a named tuple
+            return out._replace(**{out._fields[0]: new})
+        return [new, *out[1:]] if isinstance(out, list) else (new, *out[1:])
 
     def _as_tokens(self, x: Tensor, y: object) -> Tensor:
         """What a whole sub-layer gives, in the shape of what it took: some (Llama 4's experts) flatten rows and tokens.

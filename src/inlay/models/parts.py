@@ -22,6 +22,7 @@ TOWERS = (
     ("video", re.compile(r"video_tower")),
     ("vision", re.compile(r"vision|visual|image|img|pixel|vq|sam_encoder|vit\b|generation_head|generation_embed")),
     ("patcher", re.compile(r"patcher")),
+    ("pooler", re.compile(r"^pooler$")),
     ("audio", re.compile(r"audio|speech|sound|wav")),
 )
 """What a module's name says of the part of the model that it belongs to."""
