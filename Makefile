@@ -69,3 +69,8 @@ $(PEERS)/.made:
 	$(PEERS)/bin/python -m pip install --quiet $(TORCH_FROM) "$(TORCH)"
 	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)" "adapters==1.3.*" accelerate
 	@touch $@
+
+# e.g.  make test-processors ARGS="mkl onednn --jobs 2"
+test-processors: $(VENV)/.dev  ## processor-sensitive tests under each choice of CPU kernels (an hour), into docs/results
+	$(BIN)/python scripts/test_processors.py $(ARGS)
+.PHONY: test-processors

@@ -12,8 +12,8 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "inlay"
 FLOORS = (
-    ("core",),
-    ("methods", "models", "deltas", "interop", "tasks", "api", "__init__"),
+    ("compat", "core"),
+    ("methods", "models", "deltas", "interop", "tasks", "threads", "api", "__init__"),
     ("engine",),
     ("train", "evaluate", "knowledge", "library", "plan"),
     ("study", "serve", "demo"),
@@ -68,6 +68,17 @@ def test_methods_do_not_import_each_other(path):
     """But for the gate, which is made of another edit and names one by default."""
     others = {name for _, name in imports(path) if name.startswith("inlay.methods")}
     assert others <= ({"inlay.methods.lora"} if path.name == "gate.py" else set())
+
+
+@pytest.mark.parametrize("path", sorted((SRC / "compat").glob("*.py")), ids=lambda p: p.name)
+def test_compat_knows_errors_alone_and_imports_its_neighbour_when_asked(path):
+    assert {n for _, n in imports(path) if n.startswith("inlay.") and not n.startswith("inlay.compat")} <= {
+        "inlay.core.errors"
+    }
+    top = {a.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import) for a in node.names}
+    top |= {n.module or "" for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom) and not n.level}
+    outside = {n.partition(".")[0] for n in top} - set(sys.stdlib_module_names) - {"torch", "inlay"}
+    assert not outside, "import it inside the functions that need it"
 
 
 @pytest.mark.parametrize("path", sorted((SRC / "core").glob("*.py")), ids=lambda p: p.name)

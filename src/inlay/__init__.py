@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from inlay.compat.versions import check_required
+
 __version__ = "0.1.0"
+
+check_required()
 
 _HOME = {
     **dict.fromkeys(("attach", "host_of", "save", "load", "merge", "merged"), "inlay.api"),

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import inlay
+from inlay.engine import last
 from inlay.engine.example import learned
-from inlay.train.ways import Packed
+from inlay.train.ways import Packed, choose
 from tests.engine.test_packed import ROWS, gradients
 from tests.laws.zoo import FAMILIES, base, dressed, excite, methods, small
+from tests.train.tiny import settings
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "falcon-rw"])
@@ -71,3 +73,29 @@ def test_a_block_whose_output_is_hooked_is_whole():
             way.loss(ROWS)
     assert bool((shapes[0] > 0).all()), "a hook sees every row"
     assert "forward" not in vars(block)
+
+
+def test_a_run_that_loses_the_narrow_last_block_is_told(tmp_path, monkeypatch):
+    """It goes on, packed and with shared beginnings, and the reason is the run's notice."""
+    host = dressed("llama")
+    way, notice = choose(host, "lora", settings(tmp_path), 0, ROWS)
+    assert way.narrow and not notice
+
+    def without_wrapper(block):
+        raise AttributeError("no attribute '__wrapped__'")
+
+    monkeypatch.setattr(last.compat, "own_forward", without_wrapper)
+    way, notice = choose(host, "lora", settings(tmp_path), 0, ROWS)
+    assert isinstance(way, Packed) and way.share and not way.narrow
+    assert notice == (
+        "the last block is computed for all tokens, not only for learned ones: "
+        "AttributeError: no attribute '__wrapped__'"
+    )
+
+
+def test_a_block_that_cannot_be_entered_twice_is_told(tmp_path):
+    notice = choose(dressed("bloom"), "lora", settings(tmp_path), 0, ROWS)[1]
+    assert "this decoder adds the residual inside its attention" in notice
+    host = inlay.attach(base("llama")).add("a", small("lora"), seed=0)
+    host.model.get_submodule("model.layers.1").register_forward_hook(lambda *given: None)
+    assert "carries hooks" in choose(host, "a", settings(tmp_path), 0, ROWS)[1]

@@ -12,8 +12,9 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 
 import inlay
+from inlay.compat.source import has_body
+from inlay.compat.transformers import RMS_NORM_BODY, ROTARY, ROTARY_BODIES
 from inlay.engine import fused, norm, rotary
-from inlay.engine.source import says
 from inlay.engine.steady import Steady, mapped
 from inlay.train.ways import Packed, Plain
 from tests.engine.test_fused import count_nodes
@@ -61,9 +62,9 @@ def test_norm_has_the_modules_gradient(dtype):
 
 
 def test_only_the_known_formula_is_served():
-    assert says(modeling_llama.LlamaRMSNorm.forward, norm.BODY)
-    assert not says(modeling_gemma.GemmaRMSNorm.forward, norm.BODY), "1 + w"
-    assert all(says(getattr(modeling_llama, name), body) for name, body in rotary.BODIES.items())
+    assert has_body(modeling_llama.LlamaRMSNorm.forward, RMS_NORM_BODY)
+    assert not has_body(modeling_gemma.GemmaRMSNorm.forward, RMS_NORM_BODY), "1 + w"
+    assert all(has_body(getattr(modeling_llama, name), body) for name, body in ROTARY_BODIES.items())
 
 
 def test_a_norm_that_learns_is_left_alone():
@@ -92,9 +93,9 @@ def test_nodes_change_nothing(family):
     host = dressed(family)
     with without("rms_norms", "rotary"):
         want, plain = gradients(host, "lora", Packed(host, 0, 14), LONG)
-    before = vars(modeling_llama)[rotary.NAME]
+    before = vars(modeling_llama)[ROTARY]
     got, found = gradients(host, "lora", Packed(host, 0, 14), LONG)
-    assert got == pytest.approx(want, rel=1e-6) and vars(modeling_llama)[rotary.NAME] is before
+    assert got == pytest.approx(want, rel=1e-6) and vars(modeling_llama)[ROTARY] is before
     alike(found, plain)
 
 

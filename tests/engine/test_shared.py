@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import inlay
+from inlay.compat.transformers import has_attention_interface
 from inlay.engine import shared
-from inlay.engine.attention import has_interface
 from inlay.engine.example import IGNORED
 from inlay.engine.pack import packs, takes_positions
 from inlay.engine.trainer import packed_forward
@@ -87,7 +87,7 @@ def test_a_tree_holds_the_examples(pairs):
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "falcon-rw"])
 def test_losses_and_gradients_are_the_plain_ones(family):
     host = dressed(family)
-    serves = has_interface(host.model) and takes_positions(host.model)
+    serves = has_attention_interface(host.model) and takes_positions(host.model)
     for name in methods(family):
         want, plain = gradients(host, name, Plain(host, 0, 2), ROWS)
         with host.using(name):
@@ -206,7 +206,8 @@ def test_a_trial_decides(monkeypatch, tmp_path):
 
     monkeypatch.setattr(shared, "tree", elsewhere)
     way, told = choose(host, "lora", settings(tmp_path), 0, ROWS)
-    assert isinstance(way, Packed) and not way.share and not told
+    assert isinstance(way, Packed) and not way.share and way.narrow
+    assert "computed for each of them: this model's loss would change from" in told and "last block" not in told
 
 
 @pytest.mark.parametrize(("dropout", "once"), [(0.0, True), (0.5, False)])

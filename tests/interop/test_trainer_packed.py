@@ -232,6 +232,8 @@ def test_packed_sft_learns_what_sft_learns(tmp_path, tokenizer, method, padding_
 
 @pytest.mark.parametrize("method", ["lora", "road1"])
 def test_packed_sft_under_autocast_learns_what_sft_learns(tmp_path, tokenizer, method):
+    """To bfloat16's rounding: the gradient of the first step, and all losses. Later gradients follow Adam's steps,
+    which turn the sign of a gradient near zero into a whole step."""
     made = []
     for packing in (False, True):
         host = wearing(method).use("a")
@@ -242,8 +244,10 @@ def test_packed_sft_under_autocast_learns_what_sft_learns(tmp_path, tokenizer, m
         assert not torch.is_autocast_enabled("cpu")
         lines = [line for line in t.state.log_history if "loss" in line]
         made.append([[line[k] for k in ("loss", "grad_norm")] for line in lines])
-    for got, want in zip(*made, strict=True):
-        assert got == pytest.approx(want, rel=3e-2)
+    want, got = made
+    eps = torch.finfo(torch.bfloat16).eps
+    assert got[0][1] == pytest.approx(want[0][1], rel=eps)
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in want], rel=eps)
 
 
 def test_packed_forward_computes_by_the_nodes_of_the_own_loop():

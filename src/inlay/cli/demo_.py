@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inlay.cli.verbs import Verb
+from inlay.threads import ThreadSettings
 
 if TYPE_CHECKING:
     from inlay.demo import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
+class DemoSettings(ThreadSettings):
     """How much of a demonstration; the defaults take two to three minutes on two cores."""
 
     out: Path = Path("runs/demo")

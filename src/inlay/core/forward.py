@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core import replay, room
+from inlay.compat import kv_cache
+from inlay.core import cache_check, replay, room
 from inlay.core.errors import InlayError
 from inlay.core.layout import Layout
 from inlay.core.ready import Ready
@@ -30,6 +31,10 @@ class Forward:
         """Tokens of each row's prompt, where the caller told."""
         self.decoder_only = False
         """Whether a forward begins at the decoder and not at the model's own top."""
+        self.checked: set[tuple] = set()
+        """Edits and KV caches of which a cached step was compared with an uncached one (`inlay.core.cache_check`)."""
+        self.checking = False
+        """Whether forwards are such a comparison's."""
         self._depth = 0
         self._wide = 0
         self._checked: tuple | None = None
@@ -41,15 +46,15 @@ class Forward:
         self._depth += 1
         if self._depth > 1:
             return None
-        past = kwargs.get("past_key_values")
+        caches = kv_cache.given(model, args, kwargs)
         if self.layout is not None:
-            if past is not None:
-                raise InlayError("a packed forward has no KV cache: leave past_key_values and use_cache out")
+            if caches:
+                raise InlayError(f"a packed forward has no KV cache: leave {caches[0].name} and use_cache out")
             self.host.now = self._routed_packed(self.layout, model.training)
             return None
         if self.host._bare:
             self.host.now = Route()
-            _same_room(past, 0)
+            _same_room(caches, 0)
             return None
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         if self.host._checkpointed and torch.is_grad_enabled():
@@ -60,10 +65,11 @@ class Forward:
         base, space = self.host._ready.route(self.host, model.training), self.host._ready.room
         side = {k: v.repeat_interleave(batch // len(v), 0) for k, v in self.host.side.items()}
         self.host.now = replace(base, training=model.training, side=side)
-        _same_room(past, space.wide if space else 0)
+        _same_room(caches, space.wide if space else 0)
         if space is None:
             return None
-        seen = int(past.get_seq_length()) if past is not None else 0
+        past = kv_cache.served(model, kwargs, caches)
+        seen = kv_cache.length(past) if past is not None else 0
         if (place_B := getattr(past, "place_B", None)) is not None:
             # A cache of slots: each row is at a place of its own, and its virtual tokens were given among the ids.
             first = {n: seen - place_B + offset for n, offset in space.offset.items()}
@@ -72,13 +78,20 @@ class Forward:
             return None
         if seen and space.wide and not hasattr(past, "_inlay_wide"):
             raise InlayError("this KV cache was made without virtual tokens; start from an empty cache after use()")
+        if past is not None:
+            cache_check.check(self.host, model, past)
         kwargs, first_B, prompt_B = room.widen(model, args, kwargs, space, seen)
         first = {n: first_B + offset for n, offset in space.offset.items()}
         self.host.now = replace(self.host.now, seen=seen, first=first, side=side | self._prompt(space, prompt_B))
         self._wide = 0 if seen else space.wide
         if past is not None and not seen:
             past._inlay_wide = space.wide
-        return (), kwargs
+        return (), kv_cache.renamed(model, kwargs)
+
+    def reserved(self, batch: int) -> int:
+        """Columns that the present plan reserves in a batch of so many rows."""
+        space = Ready(self.host, batch).room
+        return space.wide if space else 0
 
     def _prompt(self, space: room.Room, found_B: Tensor) -> dict[str, Tensor]:
         """Where prompts end, for those who ask: as told, or as found in the forward's arguments."""
@@ -113,7 +126,7 @@ class Forward:
             self._warn_of_uncalled()
         if not wide or out is None:
             return None
-        if (cache := getattr(out, "past_key_values", None)) is not None:
+        if hasattr(cache := kv_cache.returned(out), "__dict__"):
             cache._inlay_wide = wide
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         return room.strip(out, ids.shape[1] - wide, wide)
@@ -129,7 +142,7 @@ class Forward:
             warnings.warn(f"{names} did nothing at some places; {what}", stacklevel=2)
 
 
-def _same_room(past: Any, wide: int) -> None:
+def _same_room(caches: list[kv_cache.Argument], wide: int) -> None:
     """A KV cache carries the reserved columns it was made with; another plan would miscount them."""
-    if past is not None and getattr(past, "_inlay_wide", wide) != wide:
+    if any(getattr(c.value, "_inlay_wide", wide) != wide for c in caches):
         raise InlayError("this KV cache was made under another plan; start from an empty cache after use()")

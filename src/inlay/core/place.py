@@ -5,8 +5,9 @@ The language, used by the API, the command line and recipes alike, is a comma-se
     target[:wiring][@layers]
 
 - target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where they are fused, and
-  what else a decoder has: `router`, `shared_gate`, `q_a`, `in_proj` ...), `linear` for every linear of its blocks, a
-  role of another part of the model (`vision.q`, `vision.linear`, `connector`), or a pattern of module paths
+  what else a decoder has: `router`, `shared_gate`, `q_a`, `in_proj` ...), `linear` for every linear of its blocks,
+  `experts` for the 3-D parameters of a mixture of experts (`experts.gate_up`, `experts.down` for one of them), a role
+  of another part of the model (`vision.q`, `vision.linear`, `connector`), or a pattern of module paths
   (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
@@ -20,10 +21,11 @@ does not reach, are warnings.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,13 @@ class Spot:
     """The part of the model beside the decoder that it is in (`vision`); `layer` then counts that part's layers."""
     width: int | None = None
     """Width of the residual stream here, where it is not the decoder's."""
+    parameter: str | None = None
+    """A parameter of the module at `path` that holds a linear per expert; None: the module itself is the layer."""
+
+    @property
+    def full_path(self) -> str:
+        """The module's path, or that of the parameter."""
+        return f"{self.path}.{self.parameter}" if self.parameter else self.path
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ class Anatomy:
             return ""
         which = collapsed(self.unreached)
         some = ", ".join(which[:6]) + (f" and {len(which) - 6} more" if len(which) > 6 else "")
-        return f"'linear' reaches every linear of the blocks, but not these matrices of {self.family}: {some}"
+        how = "; 'experts' reaches those of experts" if any(s.parameter for s in self.spots) else ""
+        return f"'linear' reaches every linear of the blocks, but not these matrices of {self.family}: {some}{how}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,15 @@ class Place:
     has_bias: bool = False
     tied: bool = False
     """An embedding or head whose weight is the other's too."""
+    experts: int = 0
+    """Number of linears that an expert parameter holds; 0: one linear."""
+    expert_f: Callable[[int, Tensor], Tensor] | None = None
+    """Expert e as a function of (e, x), without its bias."""
+
+    def expert(self, e: int) -> Place:
+        """One expert of an expert parameter, as a linear of its own."""
+        assert self.expert_f is not None, "only an expert parameter has experts"
+        return replace(self, f=functools.partial(self.expert_f, e), experts=0, expert_f=None)
 
 
 @dataclass(frozen=True)
@@ -184,13 +203,14 @@ def layer_set(text: str, layers: int) -> set[int]:
 def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[str, tuple[Spot, str]]:
     """{key: (spot, wiring)} for each place that a placement names, in the model's order. Nothing may match nothing."""
     modules = dict(model.named_modules())
-    known_paths = {s.path: s for s in anatomy.spots if s.part is None}
+    known_paths = {s.full_path: s for s in anatomy.spots if s.part is None}
+    every = [*modules, *(s.full_path for s in anatomy.spots if s.parameter)]
     found: dict[str, tuple[Spot, str]] = {}
     for target in parse(at):
         hits = _named(anatomy, target.name)
         if not hits:
             # A path is looked up, for a file may name hundreds of them.
-            paths = [target.name] if target.name in modules else modules
+            paths = [target.name] if target.name in modules or target.name in known_paths else every
             hits = [known_paths.get(p) or _unnamed(p) for p in paths if p and fnmatch.fnmatchcase(p, target.name)]
         if not hits:
             raise unknown(
@@ -217,7 +237,7 @@ def _named(anatomy: Anatomy, name: str) -> list[Spot]:
     if rest == "linear" or name in anatomy.towers:
         tower = name if name in anatomy.towers else tower
         return [s for s in anatomy.spots if s.linear and s.tower == tower]
-    return [s for s in anatomy.spots if name in (s.role, s.key)]
+    return [s for s in anatomy.spots if name in (s.role, s.key) or s.role.startswith(f"{name}.")]
 
 
 def _in_layers(anatomy: Anatomy, target: Target, hits: list[Spot]) -> list[Spot]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from inlay.compat.transformers import can_checkpoint, checkpoint_function, set_checkpoint_function
+
 if TYPE_CHECKING:
     from inlay.core.host import Host
 
@@ -48,20 +50,20 @@ def _as(host: Host, then):
 
 def checkpointed(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that can checkpoint."""
-    return [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    return [m for m in model.modules() if can_checkpoint(m)]
 
 
 def wrap(host: Host, modules: list[nn.Module]) -> None:
     """Wrap whatever checkpoint functions are new since the last forward."""
     for m in modules:
-        inner = getattr(m, "_gradient_checkpointing_func", None)
+        inner = checkpoint_function(m)
         if m.gradient_checkpointing and inner is not None and not isinstance(inner, Replayed):
-            m._gradient_checkpointing_func = Replayed(host, inner)  # type: ignore[assignment]
+            set_checkpoint_function(m, Replayed(host, inner))
 
 
 def unwrap(modules: list[nn.Module]) -> None:
     """Leave the modules as they were found."""
     for m in modules:
-        inner = getattr(m, "_gradient_checkpointing_func", None)
+        inner = checkpoint_function(m)
         if isinstance(inner, Replayed):
-            m._gradient_checkpointing_func = inner.original  # type: ignore[assignment]
+            set_checkpoint_function(m, inner.original)

@@ -14,11 +14,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from inlay.compat import kv_cache
+from inlay.compat.transformers import COLUMNS, per_token, places_media
 from inlay.core.edit import Edit
 from inlay.core.errors import InlayError
 from inlay.core.route import Worn
@@ -74,21 +77,22 @@ def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) ->
 
     `seen` counts the cache's columns, reserved ones included; a step that continues a cache gets its mask and positions
     widened, but no new columns, and its prompt is behind it (0).
+
+    Raises:
+        InlayError: an argument is not of a form that can be widened, or the mask and the cache disagree on what was
+            seen before.
     """
-    signature = inspect.signature(model.forward)
-    given = signature.bind_partial(*args, **kwargs).arguments
-    given = {**given, **given.pop("kwargs", {})}
+    names = kv_cache.parameters(model)
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given = {**given, **(given.pop(names.rest, {}) if names.rest else {})}
     ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     batch, tokens = ids.shape[:2]
     new = room.wide if not seen else 0
+    before = seen - room.wide if seen else 0
     mask = given.get("attention_mask")
     if mask is None:
-        mask = ids.new_ones((batch, tokens + (seen - room.wide if seen else 0)), dtype=torch.long)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise InlayError(
-            "virtual tokens and edits of single positions need a 2-D attention mask; static caches hand the model a "
-            "4-D one: use a dynamic cache"
-        )
+        mask = torch.ones((batch, before + tokens), dtype=torch.long, device=ids.device)
+    _check(model, given, mask, batch, tokens, before)
     own_B = mask.to(torch.int8).argmax(-1)
     prompt_B = _prompt(mask, own_B, given.get("labels")) if not seen else torch.zeros_like(own_B)
     first_B = own_B + room.wide - room.need_B
@@ -98,24 +102,55 @@ def widen(model: nn.Module, args: tuple, kwargs: dict, room: Room, seen: int) ->
     column = torch.arange(wide_mask.shape[1], device=mask.device)
     reserved = (column >= first_B[:, None]) & (column < (first_B + room.need_B)[:, None])
     given["attention_mask"] = wide_mask | reserved.to(wide_mask)
-    if "position_ids" in signature.parameters:
+    if "position_ids" in names.names:
         old = given.get("position_ids")
         if old is None:
             old = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        position = pad(old.expand(batch, -1) + room.need_B[:, None], (new, 0))
+        # (B, T), or (P, B, T) where a position has several parts (M-RoPE): virtual tokens are text, all parts alike.
+        position = pad(old.expand(*old.shape[:-2], batch, -1) + room.need_B[:, None], (new, 0))
         if new:
             inside = (column - first_B[:, None]).clamp(0, max(room.wide - 1, 0))
             position = torch.where(reserved, room.position_BR.gather(1, inside), position)
         given["position_ids"] = position
-    for name, value in (("input_ids", 0), ("labels", -100), ("token_type_ids", 0)):
+    if given.get("cache_position") is not None:  # until transformers 5.3
+        given["cache_position"] = torch.arange(seen, seen + new + tokens, device=ids.device)
+    for name, value in COLUMNS.items():
         if isinstance(given.get(name), Tensor) and new:
             given[name] = pad(given[name], (new, 0), value=value)
     if given.get("inputs_embeds") is not None and new:
         given["inputs_embeds"] = pad(given["inputs_embeds"], (0, 0, new, 0))
     keep = given.get("logits_to_keep")
     if isinstance(keep, Tensor):
-        given["logits_to_keep"] = keep + new
+        given["logits_to_keep"] = torch.where(keep < 0, keep, keep + new)
+    elif isinstance(keep, int):
+        given["logits_to_keep"] = min(keep, tokens)
     return given, first_B, prompt_B
+
+
+def _check(model: nn.Module, given: Mapping[str, Any], mask: Any, batch: int, tokens: int, before: int) -> None:
+    """Raise InlayError for what cannot be widened; `before` counts the tokens that a KV cache holds of each row."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise InlayError(
+            "virtual tokens and edits of single positions need a 2-D attention mask; static caches hand the model a "
+            "4-D one: use a dynamic cache"
+        )
+    if mask.shape[1] != before + tokens:
+        raise InlayError(
+            f"the attention mask has {mask.shape[1]} columns, and {type(model).__name__} was given {tokens} tokens and "
+            f"{f'a KV cache of {before}' if before else 'no KV cache that Inlay knows'}; {kv_cache.CURE}"
+        )
+    if before:
+        return
+    if name := per_token(given, batch, tokens):
+        raise InlayError(
+            f"{name!r} of {type(model).__name__} has an entry per token, and Inlay does not know which one a virtual "
+            f"token gets; leave it out, or adapters with virtual tokens"
+        )
+    if given.get("position_ids") is None and places_media(model, given):
+        raise InlayError(
+            f"{type(model).__name__} finds the positions of pictures itself, without virtual tokens; give position_ids "
+            f"(model.get_rope_index computes them)"
+        )
 
 
 def _prompt(mask: Tensor, own_B: Tensor, labels: Tensor | None) -> Tensor:

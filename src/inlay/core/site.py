@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from inlay.core import route
 from inlay.core.edit import Edit, LowRank, Weights, phases
@@ -74,8 +75,18 @@ class Site(nn.Module):
         self._host = [host]  # in a list: the host is no child of the layer
         self._layer = [layer]
         self._worn = Worn(())
-        d_in, d_out = widths(layer, spot.width or host.hidden)
-        self.place = Place(
+        self._hooks: list[RemovableHandle] = []
+        self._plain = spot.linear or spot.role in ("embed", "head")
+        """Whether what it takes and gives is known: one tensor each, of the same tokens."""
+        self.place = self._place(host, layer)
+        self._join(layer)
+        layer.add_module(self._child, self)
+
+    def _place(self, host: Host, layer: nn.Module) -> Place:
+        """The layer as an edit without a wiring sees it."""
+        d_in, d_out = widths(layer, self.spot.width or host.hidden)
+        spot = self.spot
+        return Place(
             self.frozen,
             d_in,
             spot.part.width(d_out) if spot.part else d_out,
@@ -84,10 +95,15 @@ class Site(nn.Module):
             has_bias=getattr(layer, "bias", None) is not None,
             tied=host.tied and spot.role in ("embed", "head"),
         )
-        self._plain = spot.linear or spot.role in ("embed", "head")
-        """Whether what it takes and gives is known: one tensor each, of the same tokens."""
-        self._hooks = [layer.register_forward_hook(self._post, with_kwargs=True)]
-        layer.add_module(self._child, self)
+
+    def _join(self, layer: nn.Module) -> None:
+        """Take part in the layer's forward."""
+        self._hooks.append(layer.register_forward_hook(self._post, with_kwargs=True))
+
+    def _part(self, layer: nn.Module) -> None:
+        """Take part in it no longer."""
+        for hook in self._hooks:
+            hook.remove()
 
     def forward(self, x: Any) -> Any:
         """A child of an `nn.Sequential` is run by it: this one passes on what it is given."""
@@ -95,6 +111,8 @@ class Site(nn.Module):
 
     @property
     def _child(self) -> str:
+        if self.spot.parameter:
+            return f"inlay_{self.spot.parameter}"
         return f"inlay_{self.spot.role}" if self.spot.part else "inlay"
 
     @property
@@ -130,8 +148,7 @@ class Site(nn.Module):
         del self.wear[name], self.places[name]
         if self.wear or stay:
             return False
-        for hook in self._hooks:
-            hook.remove()
+        self._part(self.layer)
         delattr(self.layer, self._child)
         return True
 

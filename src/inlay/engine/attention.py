@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from torch.utils.checkpoint import checkpoint
 
+from inlay.compat.torch import softmax_backward
+from inlay.compat.transformers import (
+    attention_name,
+    has_attention_interface,
+    register_attention,
+    set_attention_name,
+    unregister_attention,
+    unserved,
+)
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Family, Layout
@@ -28,24 +36,12 @@ SHORT = 512
 COPIES = 2
 """How often the keys of a family may be copied for backward, on average, before they are gathered again there: short
 answers behind a long beginning would else keep that beginning each."""
-UNKNOWN = ("s_aux", "position_bias")
-"""Arguments of attention interfaces that change the mathematics and are not served here."""
-
-
-def strange(arguments: Mapping[str, Any]) -> str | None:
-    """The first argument given to an attention that is not served here."""
-    return next((n for n in UNKNOWN if arguments.get(n) is not None), None)
-
-
-def has_interface(model: Any) -> bool:
-    """Whether a decoder's attention is looked up by name, so that another one can take its place."""
-    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 @contextlib.contextmanager
 def apart(host: Host) -> Iterator[None]:
     """Within the block, packed forwards of this host attend within families only."""
-    interface = has_interface(host.model)
+    interface = has_attention_interface(host.model)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **more: Any):
         layout = host.now.layout
@@ -66,25 +62,15 @@ def apart(host: Host) -> Iterator[None]:
 @contextlib.contextmanager
 def attending(host: Host, name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
     """Within the block, the base's attention and the mask it is given come from these functions."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     config = host.model.config
-    before = config._attn_implementation
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, mask)
-    set_attention(config, name)
+    before = attention_name(config)
+    register_attention(name, attend, mask)
+    set_attention_name(config, name)
     try:
         yield
     finally:
-        set_attention(config, before)
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
-
-
-def set_attention(config: Any, name: str | None) -> None:
-    """Set the implementation of a config and its parts, past the checks that ask for built-in names."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        part._attn_implementation_internal = name
+        set_attention_name(config, before)
+        unregister_attention(name)
 
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +90,7 @@ def attention(
     **more: Any,
 ) -> Tensor:
     """Attention of a packed batch: q (R, H, W, D), k and v (R, H_kv, W, D) -> (R, W, H, D)."""
-    if name := strange(more):
+    if name := unserved(more):
         raise InlayError(f"attention with {name!r} cannot be packed; use engine='plain'")
     R, H, W, _ = query.shape
     if (times := H // key.shape[1]) > 1:
@@ -201,7 +187,7 @@ class Recomputed(torch.autograd.Function):
         q, k, v, bias_TT = ctx.saved_tensors
         qs = q * ctx.s
         p = Recomputed.p(qs, k, bias_TT)
-        ds = torch._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
+        ds = softmax_backward(torch.bmm(g, v.mT), p)
         return torch.bmm(ds, k).mul_(ctx.s), torch.bmm(ds.mT, qs), torch.bmm(p.mT, g), None, None
 
 

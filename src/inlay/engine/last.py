@@ -12,18 +12,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from inlay.compat import transformers as compat
 from inlay.core.host import Host
 from inlay.engine.linear import forwards
 
 SHARE = 0.9
 """Most of a pack's columns that may be read for this to be worth it."""
+ROLES = ("block", "attn", "o")
+"""What a last block needs to be entered twice."""
+_left: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Models whose last block turned out to be built otherwise -> what was met."""
 
 
 class _Given(Exception):
@@ -45,19 +50,28 @@ class _Last:
         """What the block says, zero where it is not read."""
         whole = self.host.now
         read_N = whole.layout.read_N if whole.layout is not None else None
-        hooked = any(m._forward_hooks or m._backward_hooks for m in (self.block, self.attention))
-        if not self.served or read_N is None or len(read_N) > SHARE * whole.batch or hooked or not args:
+        if not self.served or read_N is None or len(read_N) > SHARE * whole.batch or self._met(args):
             return type(self.block).forward(self.block, *args, **kwargs)
         work = functools.partial(self._narrowed, read_N, **kwargs)
-        if getattr(self.block, "gradient_checkpointing", False) and self.block.training:
-            return self.block._gradient_checkpointing_func(work, *args)
-        return work(*args)
+        checkpoint = compat.checkpoint_function(self.block) if compat.checkpoints(self.block) else None
+        return work(*args) if checkpoint is None else checkpoint(work, *args)
+
+    def _met(self, args: tuple) -> bool:
+        """Whether this call cannot be narrowed; why is noted for `refused`."""
+        if any(m._forward_hooks or m._backward_hooks for m in (self.block, self.attention)):
+            _left[self.host.model] = "the last block or its attention carries hooks"
+        elif not args:
+            _left[self.host.model] = "the last block is given its hidden states by keyword"
+        else:
+            return False
+        return True
+
+    def _stop(self, why: str) -> None:
+        self.served, _left[self.host.model] = False, why
 
     def _block(self, *args: Any, **kwargs: Any) -> Any:
         """The block itself. Transformers checkpoints within `forward`; here that is done around it."""
-        forward = type(self.block).forward
-        inner = forward.__wrapped__ if isinstance(self.block, GradientCheckpointingLayer) else forward
-        return inner(self.block, *args, **kwargs)
+        return compat.own_forward(self.block)(self.block, *args, **kwargs)
 
     def _narrowed(self, read_N: Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = self.host.now
@@ -79,7 +93,7 @@ class _Last:
         try:
             with forwards({self.attention: stop}):
                 said = self._block(hidden, *args, **kwargs)
-            self.served = False
+            self._stop("the last block does not call its attention")
             return said
         except _Given as given:
             handle = self.out.register_forward_pre_hook(enter, prepend=True)
@@ -89,7 +103,8 @@ class _Last:
                 handle.remove()
         first = attended[0] if isinstance(attended, tuple) else attended
         if first.shape != (len(read_N), 1, hidden.shape[-1]):
-            self.served, self.host.now = False, whole
+            self._stop("the last block's attention does not end in its output projection")
+            self.host.now = whole
             return self._block(hidden, *args, **kwargs)
         with forwards({self.attention: lambda *args, **kwargs: attended}):
             said = self._block(hidden.flatten(0, 1)[read_N][:, None], *args, **kwargs)
@@ -101,15 +116,32 @@ class _Last:
 @contextlib.contextmanager
 def only_read(host: Host) -> Iterator[None]:
     """Within the block, packed forwards compute the last block where `Layout.read_N` says, if they can."""
-    last = host.anatomy.layers - 1
-    own = {s.role: s.path for s in host.anatomy.spots if s.layer == last and s.part is None}
-    if not {"block", "attn", "o"} <= own.keys():
+    if _built_otherwise(host):
         yield
         return
-    block, attention, out = (host.model.get_submodule(own[r]) for r in ("block", "attn", "o"))
-    inside = "residual" in inspect.signature(attention.forward).parameters
-    if inside or any("forward" in vars(m) for m in (block, attention)):
-        yield
-        return
+    block, attention, out = (host.model.get_submodule(_paths(host)[r]) for r in ROLES)
     with forwards({block: _Last(host, block, attention, out).forward}):
         yield
+
+
+def refused(host: Host) -> str:
+    """Why the last block is computed whole, as far as it is known by now; empty if it is not."""
+    return _built_otherwise(host) or _left.get(host.model, "")
+
+
+def _built_otherwise(host: Host) -> str:
+    paths = _paths(host)
+    if missing := [r for r in ROLES if r not in paths]:
+        return f"the last block has no {missing[0]!r}"
+    block, attention, _ = (host.model.get_submodule(paths[r]) for r in ROLES)
+    if "residual" in inspect.signature(attention.forward).parameters:
+        return "this decoder adds the residual inside its attention"
+    if any("forward" in vars(m) for m in (block, attention)):
+        return "another library has replaced the forward of the last block"
+    return ""
+
+
+def _paths(host: Host) -> dict[str, str]:
+    """Role -> path of the whole modules of the last block."""
+    last = host.anatomy.layers - 1
+    return {s.role: s.path for s in host.anatomy.spots if s.layer == last and s.part is None}

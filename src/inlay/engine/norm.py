@@ -1,7 +1,7 @@
 """RMS norms of a frozen decoder as one node: fewer passes over the hidden states, and only x is kept.
 
-Only norms are served whose `forward` is `BODY`; a trained weight, a hook's wrapper or another formula (Gemma's 1 + w)
-goes the module's own way.
+Only norms are served whose `forward` is `RMS_NORM_BODY`; a trained weight, a hook's wrapper or another formula
+(Gemma's 1 + w) goes the module's own way.
 """
 
 from __future__ import annotations
@@ -13,18 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.product import looked_on
+from inlay.compat.source import has_body
+from inlay.compat.torch import observed
+from inlay.compat.transformers import RMS_NORM_BODY
 from inlay.engine.linear import forwards
-from inlay.engine.source import says
-
-BODY = """
-input_dtype = hidden_states.dtype
-hidden_states = hidden_states.to(torch.float32)
-variance = hidden_states.pow(2).mean(-1, keepdim=True)
-hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-return self.weight * hidden_states.to(input_dtype)
-"""
-"""What a served `forward` computes."""
 
 
 class RMSNorm(torch.autograd.Function):
@@ -49,7 +41,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
-    if looked_on() or norm.weight.requires_grad:
+    if observed() or norm.weight.requires_grad:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
     same = x.dtype == norm.weight.dtype and x.device == norm.weight.device
     return RMSNorm.apply(x, norm.weight, norm.variance_epsilon) if same else type(norm).forward(norm, x)  # type: ignore[no-any-return]
@@ -57,5 +49,5 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
 
 def rms_norms(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block, the model's RMS norms are one node each."""
-    found = [m for m in model.modules() if "forward" not in vars(m) and says(type(m).forward, BODY)]
+    found = [m for m in model.modules() if "forward" not in vars(m) and has_body(type(m).forward, RMS_NORM_BODY)]
     return forwards({m: functools.partial(_forward, m) for m in found})

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from inlay.compat.transformers import has_attention_interface
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout, rows_of
-from inlay.engine.attention import has_interface
 from inlay.engine.example import IGNORED, Example, unlearned
 
 BUDGET = {"cpu": 768}
@@ -26,11 +26,6 @@ def budget(of: Host | PreTrainedModel) -> int:
     """Tokens that a forward of a host or model should hold: on a CPU twice as many in 16 bits, which take the same
     memory."""
     return BUDGET[of.device.type] * 4 // of.dtype.itemsize if of.device.type in BUDGET else BUDGET_ELSEWHERE
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How far two ways of computing the same may differ on a base of this type, relative: what a trial lets pass."""
-    return 1e-4 if dtype == torch.float32 else 3e-2
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ def laid_out(
         prompts: see `inlay.core.layout.lay_out`.
     """
     # Attention of a decoder's own is dense over a row: rows no longer than they must be keep it from growing.
-    layout = host.lay_out([len(s) for s in ids], parents, None if has_interface(host.model) else 0, prompts)
+    layout = host.lay_out([len(s) for s in ids], parents, None if has_attention_interface(host.model) else 0, prompts)
     tokens = layout.fill(ids, filler).to(host.device)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if takes_positions(host.model):

@@ -14,26 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.compat.source import has_body
+from inlay.compat.torch import observed
+from inlay.compat.transformers import ROTARY, ROTARY_BODIES
 from inlay.core.host import Host
-from inlay.core.product import looked_on
-from inlay.engine.source import says
-
-NAME, HALF = "apply_rotary_pos_emb", "rotate_half"
-BODIES = {
-    NAME: """
-cos = cos.unsqueeze(unsqueeze_dim)
-sin = sin.unsqueeze(unsqueeze_dim)
-q_embed = (q * cos) + (rotate_half(q) * sin)
-k_embed = (k * cos) + (rotate_half(k) * sin)
-return q_embed, k_embed
-""",
-    HALF: """
-x1 = x[..., : x.shape[-1] // 2]
-x2 = x[..., x.shape[-1] // 2 :]
-return torch.cat((-x2, x1), dim=-1)
-""",
-}
-"""What the served functions compute."""
 
 
 class Rotary(torch.autograd.Function):
@@ -62,7 +46,7 @@ class Rotary(torch.autograd.Function):
 
 def _served(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     alike = x.dtype == cos.dtype == sin.dtype and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0
-    return alike and not looked_on() and not cos.requires_grad
+    return alike and not observed() and not cos.requires_grad
 
 
 def _apply(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
@@ -76,13 +60,13 @@ def _apply(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Te
 def rotary(host: Host) -> Iterator[None]:
     """Within the block, the decoder's rotary positions are one node each for queries and keys."""
     homes = (sys.modules[c.__module__] for c in type(host.model).__mro__)  # FSDP2 puts a class of its own before them
-    home: Any = next((h for h in homes if NAME in vars(h)), None)
-    plain = None if home is None else vars(home)[NAME]
-    if plain is None or not all(says(vars(home).get(name), body) for name, body in BODIES.items()):
+    home: Any = next((h for h in homes if ROTARY in vars(h)), None)
+    plain = None if home is None else vars(home)[ROTARY]
+    if plain is None or not all(has_body(vars(home).get(name), body) for name, body in ROTARY_BODIES.items()):
         yield
         return
-    setattr(home, NAME, functools.partial(_apply, plain))
+    setattr(home, ROTARY, functools.partial(_apply, plain))
     try:
         yield
     finally:
-        setattr(home, NAME, plain)
+        setattr(home, ROTARY, plain)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inlay.compat.transformers import has_attention_interface
 from inlay.core.host import Host
 from inlay.core.layout import Layout
-from inlay.engine.attention import has_interface
 from inlay.engine.cache import dropped
 from inlay.engine.example import IGNORED, unlearned
 from inlay.engine.pack import takes_positions
@@ -114,15 +114,20 @@ def _head(ids: list[int], labels: list[int]) -> list[int]:
     return ids[: max(0, unlearned(labels) - 1)]
 
 
-def refused(host: Host) -> str:
-    """Why, under the host's present plan, alike beginnings are not computed once; empty if they may be."""
-    if not (has_interface(host.model) and takes_positions(host.model)):
+def refused(host: Host, training: bool | None = None) -> str:
+    """Why, under the host's present plan, alike beginnings are not computed once; empty if they may be.
+
+    Args:
+        training: whether the model trains; by default as it is now.
+    """
+    if not (has_attention_interface(host.model) and takes_positions(host.model)):
         return "this decoder is not told where a sequence goes on"
     if len(host.plan) > 1 or host.side:
         return "rows wear different adapters, or are given inputs of their own"
     worn = [host.edits[n] for n in host.plan[0]]
     if any(e.prompted for e in worn):
         return "edits of a prompt's last tokens treat alike tokens differently"
-    if host.model.training and (drawn := dropped(host.model) or next((e.kind for e in worn if e.draws), "")):
+    training = host.model.training if training is None else training
+    if training and (drawn := dropped(host.model) or next((e.kind for e in worn if e.draws), "")):
         return f"dropout is drawn for each example ({drawn})"
     return ""

@@ -24,22 +24,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from inlay.api import attach
+from inlay.compat.peft import base_model, has_virtual_tokens
+from inlay.compat.transformers import attention_name, set_attention_name
+from inlay.compat.trl import FUSED_HEAD
 from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
-from inlay.engine.attention import set_attention
+from inlay.core.rounding import rounding
 from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, scored
 from inlay.engine.head import hidden, loss_sum, refused
 from inlay.engine.linear import forwards
 from inlay.engine.loss import at_a_time
-from inlay.engine.pack import Pack, pack, rounding
+from inlay.engine.pack import Pack, pack
 from inlay.engine.shared import beginning, laid
 from inlay.engine.steady import Steady
 
 SPARED = ("use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Arguments that packing makes needless."""
-READ = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch", "fused_lm_head")
+READ = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch", FUSED_HEAD)
 
 
 class PackingCollator:
@@ -83,16 +86,15 @@ def packed_forward(model: Any) -> Iterator[Host]:
     """
     if isinstance(model, Host):
         model = model.model
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         raise InlayError("PEFT puts virtual tokens before rows, not into packs; train these without packed_forward")
-    inner = model.get_base_model() if config is not None else model
+    inner = base_model(model)
     own = getattr(inner, "_inlay_host", None)
     learns = [p for p in inner.parameters() if p.requires_grad]
     host = own if isinstance(own, Host) else attach(inner)
     for p in learns:  # what PEFT or the user trains goes on learning
         p.requires_grad_(True)
-    stands_in = _Forward(host, inner.forward, inner.config._attn_implementation)
+    stands_in = _Forward(host, inner.forward, attention_name(inner.config))
     try:
         with host.decoder_only(), stands_in.engine, forwards({inner: stands_in.wrapped()}):
             stands_in.engage()
@@ -104,7 +106,7 @@ def packed_forward(model: Any) -> Iterator[Host]:
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """What TRL asks of a forward: per next token (B, T - 1), zero where none is learned."""
+    """What TRL asks of a forward (`compat.trl`): a number per next token (B, T - 1), zero where none is learned."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -169,12 +171,12 @@ class _Forward:
     @contextlib.contextmanager
     def _own_attention(self) -> Iterator[None]:
         config = self.host.model.config
-        packed = config._attn_implementation
-        set_attention(config, self.attention)
+        packed = attention_name(config)
+        set_attention_name(config, self.attention)
         try:
             yield
         finally:
-            set_attention(config, packed)
+            set_attention_name(config, packed)
 
     def _unserved(self, given: dict[str, Any], flat: bool) -> str:
         """Why this call is not for the engine; empty if it is."""
@@ -261,7 +263,7 @@ class _Forward:
         made = self._pack(ids, labels)
         count = given.get("num_items_in_batch")
         count = max(made.learned, 1) if count is None else count
-        if not given.get("fused_lm_head"):
+        if not given.get(FUSED_HEAD):
             return CausalLMOutputWithPast(loss=loss_sum(self.host, made) / count)
         where = given["labels"][:, 1:] != IGNORED
         if given.get("attention_mask") is None and given.get("position_ids") is not None:

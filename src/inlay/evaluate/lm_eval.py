@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from inlay.compat.lm_eval import check_harness, command_line
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn, read_plan
@@ -20,14 +21,16 @@ from inlay.evaluate import GenerateSettings, rows, slots, tree
 from inlay.evaluate.batches import room
 from inlay.evaluate.decode import generate_each
 
-try:
-    import lm_eval.models  # noqa: F401  (the harness registers its own models only while there are no others)
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-    from tqdm import tqdm
-except ImportError as e:
-    raise InlayError("the harness is not installed: pip install inlay[harness] accelerate") from e
+check_harness()
+
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.models.utils import (  # noqa: E402
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from tqdm import tqdm  # noqa: E402
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": None}
 """The harness's names of types, and ours."""
@@ -240,10 +243,9 @@ def _load(pretrained: str, adapter: str | None, dtype: str | None, device: str |
 
 def main() -> None:
     """The harness's own command line, with `inlay` among its models; what it refuses is told in a line."""
-    from lm_eval.__main__ import cli_evaluate
-
+    evaluate = command_line()
     try:
-        cli_evaluate()
+        evaluate()
     except InlayError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from inlay.compat import kv_cache
 from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
 from inlay.core.route import Worn
@@ -163,7 +164,7 @@ def _shared(
     rows = [t for own in tails for t in own]
     total = first[owner, torch.tensor([t[0] for t in rows], device=host.device)].double()
     if max(map(len, rows)) > 1:
-        cache = out.past_key_values
+        cache = kv_cache.returned(out)
         if not hasattr(cache, "batch_select_indices"):
             return None
         cache.batch_select_indices(owner)
@@ -172,7 +173,11 @@ def _shared(
         more = {"position_ids": (whole.cumsum(-1) - 1)[:, mask.shape[1] :]} if with_positions else {}
         with wear(host, [plans[i] for i in owner.tolist()]):
             logits = host.model(
-                input_ids=more_ids, attention_mask=whole, past_key_values=cache, use_cache=True, **more
+                input_ids=more_ids,
+                attention_mask=whole,
+                use_cache=True,
+                **kv_cache.argument(host.model, cache),
+                **more,
             ).logits
         total += _gathered(logits, [t[1:] for t in rows], [0] * len(rows))
     return _by_prompt(total, tails)

@@ -12,6 +12,7 @@ Virtual tokens are fed like others, before the first token of their row.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,13 +20,17 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from inlay.compat import kv_cache
+from inlay.compat.transformers import attention_name, has_attention_interface, set_attention_name, unserved
+from inlay.core import cache_check
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.room import plan_room
+from inlay.core.rounding import rounding
 from inlay.core.route import Worn
-from inlay.engine.attention import additive, attending, grouped, has_interface, strange
+from inlay.engine.attention import additive, attending, grouped
 from inlay.engine.linear import fast_linears
-from inlay.engine.pack import rounding, twice_biased
+from inlay.engine.pack import twice_biased
 from inlay.engine.reorder import Reordered
 from inlay.evaluate.batches import Tried, quiet, takes
 
@@ -55,6 +60,7 @@ class Slots(Cache):
         self._steps = 0
         self._reordered: Reordered | None = None
         self._columns = self._tokens = 0
+        self._attention: str | None = None
         self._with_positions, self._with_keep = takes(host, "position_ids", "logits_to_keep")
 
     # ---- what a decoder asks of its cache ----------------------------------------------------------------------------
@@ -84,17 +90,18 @@ class Slots(Cache):
     @contextlib.contextmanager
     def attending(self) -> Iterator[None]:
         """Within the block, the base attends to slots, and its products are as fast as they get."""
-        interface = has_interface(self.host.model)
+        interface = has_attention_interface(self.host.model)
 
         def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
             return None if interface else additive(self.sees(None), dtype)
 
         model = self.host.model
+        self._attention = attention_name(model.config)
         if self.due:
             made = Reordered(model, len(self.length))
             self._reordered = made if made.fits() else Reordered()
         with (
-            attending(self.host, f"inlay-slots-{id(self.host)}", self._attend, mask),
+            attending(self.host, f"inlay-slots-{id(self)}", self._attend, mask),
             self._reordered.active() if self._reordered is not None else contextlib.nullcontext(),
             fast_linears(model),
         ):
@@ -110,6 +117,8 @@ class Slots(Cache):
         for s in slots:
             self.length[s] = 0
         space = plan_room(worn, self.host.edits, torch.device("cpu"))
+        if space is not None:
+            cache_check.once(self.host, self.host.model, Slots, functools.partial(_tried, self.host, self._attention))
         need = [0] * len(slots) if space is None else space.need_B.tolist()
         ids = [[0] * n + list(p) for n, p in zip(need, prompts, strict=True)]
         positions = [list(range(len(row))) for row in ids]
@@ -167,8 +176,9 @@ class Slots(Cache):
         if self._with_keep:
             more["logits_to_keep"] = 1
         # Decoders with ALiBi count keys from it; who sees whom comes from `sees`.
+        cache = kv_cache.argument(self.host.model, self)
         begun = self.sees(None)[:, 0, -1].long()
-        out = self.host.model(input_ids=ids_BT, attention_mask=begun, past_key_values=self, use_cache=True, **more)
+        out = self.host.model(input_ids=ids_BT, attention_mask=begun, use_cache=True, **cache, **more)
         return out.logits[:, -1]
 
     # ---- attention ---------------------------------------------------------------------------------------------------
@@ -199,7 +209,7 @@ class Slots(Cache):
         **more: Any,
     ) -> tuple[Tensor, None]:
         """q (B, H, T, D), k and v (B, H_kv, columns, D) -> (B, T, H, D)."""
-        if name := strange(more):
+        if name := unserved(more):
             raise InlayError(f"attention with {name!r} is not served")
         near = sliding_window if sliding_window and sliding_window < self._columns else None
         return grouped(query, key, value, self.sees(near), scaling, softcap).transpose(1, 2), None
@@ -233,6 +243,29 @@ def _longer(kept: Tensor, columns: int) -> Tensor:
     new = kept.new_zeros(*kept.shape[:2], columns, kept.shape[3])
     new[:, :, : kept.shape[2]] = kept
     return new
+
+
+def _tried(host: Host, attention: str | None, draw: int) -> tuple[Tensor, Tensor]:
+    """Logits (rows, V) of the last of a few tokens under the host's plan: in slots, and without a cache.
+
+    Args:
+        attention: the base's own; the present one is that of the slots which are about to begin.
+    """
+    rows, config = list(range(len(host.plan))), host.model.config
+    ids = cache_check.tokens(host, len(rows), draw)
+    columns = ids.shape[1] + host.forward.reserved(len(rows))
+    now = attention_name(config)
+    set_attention_name(config, attention)
+    try:
+        slots = Slots(host, len(rows), columns)
+        with slots.attending():
+            slots.begin(rows, ids[:, :-1].tolist(), host.plan)
+            got = slots.step(ids[:, -1])
+        with host.prompts([ids.shape[1] - 1] * len(rows)):
+            want: Any = host.model(ids, use_cache=False)
+    finally:
+        set_attention_name(config, now)
+    return got.float(), want.logits[:, -1].float()
 
 
 def _refused(host: Host) -> str:

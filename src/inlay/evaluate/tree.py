@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inlay.compat.transformers import has_attention_interface, unserved
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.layout import Layout
+from inlay.core.rounding import rounding
 from inlay.core.route import Worn
-from inlay.engine.attention import apart, attending, grouped, has_interface, strange
+from inlay.engine.attention import apart, attending, grouped
 from inlay.engine.head import hidden, is_whole
 from inlay.engine.linear import fast_linears
 from inlay.engine.loss import at_a_time
-from inlay.engine.pack import Pack, budget, laid_out, rounding, takes_positions, twice_biased
+from inlay.engine.pack import Pack, budget, laid_out, takes_positions, twice_biased
 from inlay.engine.shared import LEAST
 from inlay.evaluate.batches import Tried, beginning, one_plan, quiet, room, turns, window
 
@@ -107,7 +109,7 @@ class Scorer:
         with contextlib.ExitStack() as active:
             active.enter_context(quiet(self.host))
             active.enter_context(self.host.using(None))
-            active.enter_context(self._attending() if has_interface(self.host.model) else apart(self.host))
+            active.enter_context(self._attending() if has_attention_interface(self.host.model) else apart(self.host))
             active.enter_context(fast_linears(self.host.model))
             if self.shared:
                 self._begin([w for w in dict.fromkeys(worn) if w not in self._known])
@@ -187,7 +189,7 @@ class Scorer:
         **more: Any,
     ) -> tuple[Tensor, None]:
         """q (1, H, W, D), k and v (1, H_kv, W, D) -> (1, W, H, D): each tree sees itself and the beginning."""
-        if name := strange(more):
+        if name := unserved(more):
             raise InlayError(f"attention with {name!r} is not served")
         layout = self.host.now.layout
         assert layout is not None
@@ -227,7 +229,7 @@ def scores(
     # Virtual tokens stand before the text: such a beginning would differ by row. It is no prompt, either.
     whole = any(room(host, w) or any(host.edits[n].prompted for n in w) for w in set(plans))
     worth = alike >= LEAST and len(heads) >= 2 * wearers and not whole
-    shared = alike if worth and has_interface(host.model) else 0
+    shared = alike if worth and has_attention_interface(host.model) else 0
     scorer = Scorer(host, heads[0][:shared])
     trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]
     size = [tree.tokens + room(host, worn) for tree, worn in zip(trees, plans, strict=True)]
@@ -236,7 +238,7 @@ def scores(
 
     def filled(group: Sequence[int]) -> int:
         own = [size[i] for i in group]
-        return sum(own) if has_interface(host.model) else len(own) * max(own)
+        return sum(own) if has_attention_interface(host.model) else len(own) * max(own)
 
     group: list[int] = []
     for i in sorted(range(len(heads)), key=lambda i: (first[plans[i]], -size[i], i)):
@@ -270,7 +272,7 @@ def _refused(host: Host) -> str:
                     ids = torch.tensor([head + tail], device=host.device)
                     logp = host.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
                     want.append(sum(logp[len(head) - 1 + t, said].item() for t, said in enumerate(tail)))
-        for shared in (0, 2) if has_interface(host.model) else (0,):
+        for shared in (0, 2) if has_attention_interface(host.model) else (0,):
             trees = [grow(head[shared:], own) for head, own in zip(heads, tails, strict=True)]
             found = Scorer(host, heads[0][:shared]).score(trees, [(), ()])
             got = [p for own in found for p, _ in own]

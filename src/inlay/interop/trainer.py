@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from inlay.api import save
-from inlay.core.edit import Edit
+from inlay.compat.trl import is_trl
 from inlay.core.errors import InlayError, unknown
 from inlay.core.files import replace_file
 from inlay.core.fingerprint import fingerprint
@@ -43,7 +43,7 @@ class AdapterCallback(TrainerCallback):
         self.host, self.name, self.edit = host, name, host.edits[name]
         self.state: dict[str, torch.Tensor] = {}
         self._base = fingerprint(host)  # now: a trainer may spread the base over processes
-        self._penalised = type(self.edit).penalty is not Edit.penalty
+        self._penalised = self.edit.has_penalty
         self._unchecked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ class AdapterCallback(TrainerCallback):
                 f"{self.edit.kind} adds a penalty to the loss; it cannot be scaled under fp16 or DeepSpeed: use bf16"
             )
         roles = {s.spot.role for s in self.host.sites.values() if self.name in s.places}
-        if "head" in roles and any(c.__module__.startswith("trl.") for c in type(args).__mro__):
+        if "head" in roles and is_trl(args):
             raise InlayError(
                 "TRL multiplies by the head's weight itself and never calls the head, so an adapter there would not "
                 "learn: leave 'head' out of the placement, or use Trainer or inlay.train"
@@ -65,7 +65,7 @@ class AdapterCallback(TrainerCallback):
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
         if state.global_step and file.is_file():
             self.state = {k: v.to(self.host.device) for k, v in load_file(file).items()}
-        elif state.global_step and type(self.edit).after_step is not Edit.after_step:
+        elif state.global_step and self.edit.has_after_step:
             raise InlayError(
                 f"the state of {self.edit.kind} is missing: no {file}; resume from a checkpoint in output_dir"
             )

@@ -15,6 +15,7 @@ from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.place import Anatomy, Spot
 from inlay.models import parts, roles
+from inlay.models.experts import expert_spots
 from inlay.models.families import FAMILIES, Family
 
 
@@ -128,6 +129,7 @@ class _Reader:
             if _is_norm(module):
                 yield Spot(f"{before}{layer}.norm.{inner}", f"{before}norm", layer, f"{path}.{inner}", tower=tower)
         if not tower:
+            yield from expert_spots(block, layer, path)
             reached = {id(m) for p, m in modules.items() if p in linear}
             self.unreached += [f"{path}.{name}" for name in roles.raw_matrices(block, reached)]
 

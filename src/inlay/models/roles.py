@@ -212,7 +212,7 @@ def _other(leaf: str, names: list[str], attends: bool) -> str:
 # ---- sub-layers ------------------------------------------------------------------------------------------------------
 ATTN = re.compile(r"(self_?)?(linear_?)?att(n|ention|)?", re.I)
 FFN = re.compile(r".*(mlp|feed_?forward|ffn|moe)(_block)?|ff", re.I)
-NO_SUBLAYER = re.compile(r"norm|hyper|_hc|dropout|router", re.I)
+NO_SUBLAYER = re.compile(r"norm|hyper|_hc|dropout|router|^experts$", re.I)
 
 
 def sublayers(block: nn.Module, known: Mapping[str, str]) -> dict[str, str]:

@@ -110,7 +110,13 @@ def _adapter_bytes(host: Host, name: str, place: Place) -> int:
     else:
         read = place.d_in
     inner = getattr(edit, "rank", 0) + 2 * getattr(edit, "size", 0)
-    return 4 * (read + inner)
+    each = _experts_per_token(host) if place.experts else 1
+    return 4 * each * (read + inner)
+
+
+def _experts_per_token(host: Host) -> int:
+    config = host.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    return getattr(config, "num_experts_per_tok", None) or 1
 
 
 def _block_bytes(host: Host, b: int) -> int:

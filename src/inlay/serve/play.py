@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from inlay.api import attach
+from inlay.compat.gradio import mount
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.library.bank import Bank
@@ -22,6 +23,8 @@ from inlay.serve.batcher import Batcher
 from inlay.serve.playground import BASE, Playground, Question
 from inlay.serve.settings import PlaySettings
 from inlay.serve.text import Texts
+from inlay.tasks import template_choice
+from inlay.threads import set_threads
 
 SLIDERS = 8
 """Adapters that a mix can have."""
@@ -40,10 +43,8 @@ log = logging.getLogger(__name__)
 
 def run(s: PlaySettings) -> None:
     """Load the base, show the page until Ctrl+C or SIGTERM."""
-    import torch
-
-    if s.threads:
-        torch.set_num_threads(s.threads)
+    template_choice.check(s.template)
+    set_threads(s.threads)
     model, tokenizer = load_base(s.model, s.dtype, s.device)
     with _listening(s.host, s.port) as door:
         app, batcher = build(s, attach(model), tokenizer)
@@ -70,8 +71,7 @@ def build(s: PlaySettings, host: Host, tokenizer: Any) -> tuple[FastAPI, Batcher
     vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     playground = Playground(batcher, adapters, Texts(tokenizer, vocabulary, s.template), s.timeout)
     page = make_page(playground, s.model.rstrip("/").rpartition("/")[2])
-    app = gr.mount_gradio_app(FastAPI(), page, "", footer_links=[], theme=_theme(), css=cards.CSS, show_error=True,
-                              run_history=False)  # fmt: skip
+    app = mount(FastAPI(), page, "", footer_links=[], theme=_theme(), css=cards.CSS, show_error=True, run_history=False)
     batcher.start()
     return app, batcher
 

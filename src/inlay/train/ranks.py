@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from inlay.compat import accelerate
 from inlay.core.errors import InlayError
 from inlay.engine.cache import file, needed
 from inlay.engine.example import Example
@@ -33,8 +34,6 @@ PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others before it gives up."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What every launcher sets."""
-OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-"""What `accelerate launch` tells its processes to use, and Inlay does not."""
 ASTRAY = "another process of this run has failed; its own message says why"
 
 
@@ -84,15 +83,15 @@ def spread(wanted: Literal["auto", "ddp", "fsdp"], size: int) -> tuple[bool, str
     What accelerate itself would do is of no account: it replicates on CPUs where FSDP is asked for.
     """
     launched = all(os.environ.get(n) for n in LAUNCHED)
-    asked = {n for n in ("ACCELERATE_USE_FSDP", *OTHERS) if launched and os.environ.get(n, "").lower() in ("true", "1")}
-    fsdp = "ACCELERATE_USE_FSDP" in asked
+    asked = accelerate.asked() if launched else set()
+    fsdp = accelerate.FSDP in asked
     sharded = size > 1 and (wanted == "fsdp" or wanted == "auto" and fsdp)
     if fsdp and sharded:
         return (
             sharded,
             "accelerate asks for FSDP: Inlay shards the base itself (FSDP2); accelerate's settings of it are not read",
         )
-    names = ["FSDP"] * fsdp + [name for n, name in OTHERS.items() if n in asked]
+    names = ["FSDP"] * fsdp + [name for n, name in accelerate.OTHERS.items() if n in asked]
     if not names:
         return sharded, ""
     how = "one process holds the whole base" if size == 1 else "each process holds the whole base (parallel: ddp)"

@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inlay.core.host import Host
-from inlay.engine import head, shared
+from inlay.core.rounding import rounding
+from inlay.engine import head, last, shared
 from inlay.engine.cache import Cache
 from inlay.engine.engaged import engaged
 from inlay.engine.example import IGNORED, Example, unlearned
 from inlay.engine.head import Read
-from inlay.engine.pack import Pack, budget, pack, packs, rounding
+from inlay.engine.pack import Pack, budget, pack, packs
 from inlay.engine.steady import Steady
 from inlay.train.batches import Batch, collate, digest
 from inlay.train.settings import TrainSettings
+
+ALIKE = 64
+"""Examples that are looked at to see whether they begin alike."""
 
 
 class Way(Protocol):
@@ -179,12 +183,39 @@ def choose(host: Host, name: str, settings: TrainSettings, pad: int, examples: S
     short = sorted(examples, key=lambda e: len(e.input_ids))
     twice = next((e for e in short if shared.beginning(*_listed([e, e]))), None)
     few = short[:3] + ([] if twice is None else [twice, twice])
-    why = ""
-    for share, narrow in dict.fromkeys(((packed.share, True), (False, True), (False, False))):
+    failed: list[str] = []
+    for share, narrow in dict.fromkeys(((packed.share, True), (False, True), (packed.share, False), (False, False))):
         packed.share, packed.narrow = share, narrow
         if not (why := _refused(host, name, plain, packed, few)):
-            return packed, ""
-    return plain, f"batches are padded, not packed: {why}"
+            return packed, _left_out(host, name, packed, run.share_beginnings, examples, failed)
+        failed.append(why)
+    return plain, f"batches are padded, not packed: {failed[-1]}"
+
+
+def _left_out(
+    host: Host, name: str, packed: Packed, share: bool, examples: Sequence[Example], failed: Sequence[str]
+) -> str:
+    """Which parts of the engine a run does without, and why; empty if it has all that it asked for.
+
+    Args:
+        share: whether shared beginnings were asked for.
+        failed: why the trials before the one that served did not.
+    """
+    parts = []
+    if share and (not packed.share or _begin_alike(examples)):
+        with host.using(name):
+            why = shared.refused(host, training=True) if packed.share else failed[0]
+        if why:
+            parts.append(f"what examples begin with is computed for each of them: {why}")
+    if why := (last.refused(host) if packed.narrow else failed[0]):
+        parts.append(f"the last block is computed for all tokens, not only for learned ones: {why}")
+    return "; ".join(parts)
+
+
+def _begin_alike(examples: Sequence[Example]) -> bool:
+    """Whether some of the first examples begin with what is worth sharing."""
+    rows = sorted(examples[:ALIKE], key=lambda e: list(e.input_ids))
+    return any(shared.beginning(*_listed(pair)) for pair in zip(rows, rows[1:], strict=False))
 
 
 @torch.no_grad()
