@@ -78,7 +78,7 @@ def test_what_linear_does_not_reach_is_said():
     assert said == [
         "'linear' reaches every linear of the blocks, but not these matrices of mixtral: "
         "model.layers.{0-3}.mlp.gate.weight, model.layers.{0-3}.mlp.experts.gate_up_proj, "
-        "model.layers.{0-3}.mlp.experts.down_proj"
+        "model.layers.{0-3}.mlp.experts.down_proj; 'experts' reaches those of experts"
     ]
     assert not hung("llama", "linear")[1]
 

@@ -112,7 +112,7 @@ def _only_read(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the layer above multiplies by this linear's weight instead of calling it (Mamba's `dt_proj`), as its
     source says: hooks would not run. A source that cannot be read says nothing."""
     above, _, leaf = path.rpartition(".")
-    return leaf.isidentifier() and _reads(type(modules[above]), leaf)
+    return leaf.isidentifier() and _reads(type(modules[above]), leaf)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
