@@ -194,3 +194,35 @@ def test_sublayers_that_are_sequences_or_give_lists_can_be_edited(kind):
             w["B"].data.fill_(1.0)
             assert not torch.equal(tiny.logits(model, inputs), bare), key
             w["B"].data.zero_()
+
+
+# ---- never silently wrong --------------------------------------------------------------------------------------------
+def test_rows_are_not_taken_for_streams():
+    """Gemma 3n's blocks take (4, B, T, D): with four rows, the first axis is as long as the batch."""
+    model = tiny.model("gemma3n_text", tiny.CAUSAL)
+    host = inlay.attach(model)
+    host.add("a", inlay.method("series").make(size=4), at="block@1", seed=0)
+    ids = tiny.inputs("gemma3n_text", tiny.CAUSAL, rows=4)["input_ids"]
+    with (
+        host.using("a", None, "a", None),
+        pytest.raises(inlay.InlayError, match="rows of the batch cannot be told apart"),
+    ):
+        model(ids)
+
+
+def test_a_weight_of_several_layers_is_not_merged_into():
+    """Zamba's attention layers share their weights; an adapter in one of them has no weight of its own to go to."""
+    model = tiny.model("zamba", tiny.CAUSAL)
+    host, _ = coverage.hung(model, "a", "q")
+    generator = torch.Generator().manual_seed(0)
+    for p in host.parameters("a"):
+        p.data.normal_(generator=generator)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(inlay.InlayError, match="is one weight with .*; keep it as an adapter"):
+        inlay.merge(host, "a")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_layers_without_a_role_are_an_error_that_says_where_it_is():
+    with pytest.raises(inlay.InlayError, match="'o@0' selects layers of 'o', which exists in layers 3 only"):
+        hung("qwen3_next", "o@0")

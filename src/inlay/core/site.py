@@ -236,6 +236,8 @@ class Site(nn.Module):
         """(B, T, ...) even where a decoder has flattened rows and tokens into one (OPT's MLP does)."""
         now = self._host[0].now
         batch = now.batch
+        if t.dim() > 3 and not self._plain:  # streams beside rows and tokens (Gemma 3n): which axis is which?
+            raise self._rows_unknown(t)
         if now.layout is not None:
             wide = 2 if tuple(t.shape[:2]) == now.layout.shape else 1
             if t.shape[:wide].numel() == batch:
@@ -244,7 +246,11 @@ class Site(nn.Module):
             return t[:, None] if t.dim() == 2 and t.is_floating_point() else t
         if now.layout is None and t.dim() == 2 and t.shape[0] % batch == 0:
             return t.unflatten(0, (batch, -1))
-        raise InlayError(
+        raise self._rows_unknown(t)
+
+    def _rows_unknown(self, t: Tensor) -> InlayError:
+        batch = self._host[0].now.batch
+        return InlayError(
             f"{self.spot.path} sees {tuple(t.shape)}, where the {batch} rows of the batch cannot be told apart; "
             "use one adapter for the whole batch, or hang these adapters elsewhere"
         )
