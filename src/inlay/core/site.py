@@ -236,7 +236,8 @@ class Site(nn.Module):
         """(B, T, ...) even where a decoder has flattened rows and tokens into one (OPT's MLP does)."""
         now = self._host[0].now
         batch = now.batch
-        if t.dim() > 3 and not self._plain:  # streams beside rows and tokens (Gemma 3n): which axis is which?
+        # Blocks may carry streams beside rows and tokens (Gemma 3n), on any axis; norms of heads have them at the end.
+        if t.dim() > 3 and not self._plain and not self.spot.role.endswith("norm"):
             raise self._rows_unknown(t)
         if now.layout is not None:
             wide = 2 if tuple(t.shape[:2]) == now.layout.shape else 1
