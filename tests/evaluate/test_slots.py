@@ -108,8 +108,9 @@ def fed(host, rows, plan, settings):
 
 def test_a_shared_beginning_is_computed_once_per_adapter():
     rows = prompts(12, beginning=20)
-    fed(dressed("llama"), rows[:1], ["prefix"], GenerateSettings(max_new_tokens=1))  # a first use is tried
-    seen = fed(dressed("llama"), rows, ["lora", "prefix"] * 6, GenerateSettings(max_new_tokens=1, batch_size=1))
+    host = dressed("llama")
+    fed(host, rows[:1], ["prefix"], GenerateSettings(max_new_tokens=1))  # a first use is tried
+    seen = fed(host, rows, ["lora", "prefix"] * 6, GenerateSettings(max_new_tokens=1, batch_size=1))
     assert sum(b * t for b, t in seen) == 2 * 20 + 3 + sum(len(r) - 20 for r in rows)  # 3: virtual tokens of `prefix`
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from inlay.compat.torch import has_onednn_linear, onednn_has_bfloat16
 from inlay.core.errors import InlayError
 
 VARIABLE = "INLAY_CPU_PRODUCTS"
@@ -29,16 +30,20 @@ NUMERIC_VARIABLES = (
 """Environment variables of PyTorch, oneDNN and MKL that choose between kernels, and so between last bits."""
 
 
+_ONEDNN = has_onednn_linear()
+"""Tried once, here: a compiler would trace the trial."""
+
+
 @functools.cache
 def has_onednn() -> bool:
     """Whether PyTorch's bundled oneDNN can be called for a single product."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and _ONEDNN
 
 
 @functools.cache
 def has_onednn_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 matrices on this processor."""
-    return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return has_onednn() and onednn_has_bfloat16()
 
 
 @functools.cache

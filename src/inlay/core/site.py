@@ -189,7 +189,7 @@ class Site(nn.Module):
             quick: list[route.Job] = [(one[0], one[1], self._rounded(one, out.dtype), one[2]) for one in every]
             return route.apply(now, host.strategy, quick, x, y, spare)
         dtype = host.precision(out, every)
-        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // now.batch
+        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // max(1, now.batch)
         jobs: list[route.Job] = []
         by_rows = False
         for one in every:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.compat.torch import onednn_reorder
 from inlay.core.processor import allows_onednn, has_onednn_bfloat16, prefers_onednn
 from inlay.core.product import onednn_product
 from inlay.engine.linear import forwards, frozen
@@ -53,7 +54,7 @@ class Reordered:
             now = (m.weight.data_ptr(), m.weight._version)  # type: ignore[union-attr, operator]
             if m not in self._kept or self._kept[m][0] != now:
                 W: Any = m.weight if isinstance(m, nn.Linear) else m.weight.t().contiguous()  # type: ignore[operator, union-attr]
-                self._kept[m] = now, torch.ops.mkldnn._reorder_linear_weight(W.detach())
+                self._kept[m] = now, onednn_reorder(W.detach())
         with forwards({m: functools.partial(_forward, m, self._kept[m][1]) for m in self._linears}, fresh=True):
             yield
 

@@ -106,7 +106,7 @@ def packed_forward(model: Any) -> Iterator[Host]:
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """What TRL asks of a forward (`compat.trl`): a number per next token (B, T - 1), zero where none is learned."""
+    """What TRL asks of a forward (`compat.trl.TOKEN_OUTPUTS`): per next token (B, T - 1), 0 where none is learned."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
