@@ -16,7 +16,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Tests run one process a core, one thread each.
 QUIET := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo demo-real real test check-slow bench bench-peers lint format matrix clean
+.PHONY: help demo test check-slow bench bench-peers lint format matrix coverage demo-real real clean
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -52,6 +52,9 @@ format: $(VENV)/.dev  ## let ruff fix and format what it can
 
 matrix: $(VENV)/.dev  ## write the support matrix into README.md
 	$(QUIET) $(BIN)/python -m tests.matrix
+
+coverage: $(VENV)/.dev  ## write what adapters reach in every type of transformers into docs/coverage.md (2 minutes)
+	$(QUIET) $(BIN)/python -m tests.models.coverage
 
 clean:  ## remove the environment and whatever tools left behind
 	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
