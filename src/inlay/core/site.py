@@ -268,7 +268,7 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
-        if not self.called and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.called:  # in this order, no compiled graph depends on it
             self.called = True
         worn = self.worn(self._host[0].now.steps)
         if (x := self._given) is not None:
