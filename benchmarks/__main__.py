@@ -4,6 +4,8 @@ python -m benchmarks                       all of them, at full size, results in
 python -m benchmarks train memory          some of them
 python -m benchmarks --quick               a smoke test on tiny models; nothing is recorded
 python -m benchmarks choice --data DIR     with real test files (LLM-Adapters' layout: ARC-Easy/test.json ...)
+python -m benchmarks strongest --size smollm2-135m --data DIR [--beside-load 1]
+                                           a real base and texts against the fastest of PEFT's and TRL's settings
 """
 
 from __future__ import annotations
@@ -13,61 +15,41 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import adapterhub, attach, bound, report
+from benchmarks import adapterhub, attach, bound, report, texts
 from benchmarks import gpu as on_gpu
 from benchmarks import mix as mixing
-from benchmarks.bases import llama
+from benchmarks.asked import BATCH, PEFT, Asked
+from benchmarks.bases import REAL, llama
 from benchmarks.choice import Choice
 from benchmarks.generate import Generation
-from benchmarks.harness import SHARE, Result, Watch, compare, faster, machine, peak, record, rounds, state
-from benchmarks.lengths import Row, about, rows
+from benchmarks.harness import FASTER, SHARE, Result, compare, faster, machine, peak, record, state
+from benchmarks.lengths import CUTOFF, Row, rows
 from benchmarks.many import Many
-from benchmarks.train import METHODS, Ours, Peer, Side, agree, pair, turn
+from benchmarks.strongest import LIMIT, strongest
+from benchmarks.threads import threads
+from benchmarks.train import METHODS, Ours, Peer, Side, agree, pair, timed, turn
 from inlay.core.host import Host
 from inlay.engine.memory import kept
 
-PEFT = "PEFT + Trainer"
-LIMIT = "its matrix products alone, at the rate measured here"
-BATCH = 8
 KINDS = ("math", "commonsense", "alpaca")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command line asked for."""
-
-    rounds: int
-    steps: int
-    sizes: tuple[str, ...]
-    """Of `train` and `series`; the other workloads take the first."""
-    threads: int
-    data: Path | None
-    quick: bool
-    count: int
-    methods: tuple[str, ...]
-    kinds: tuple[str, ...]
-    dtypes: tuple[str, ...]
-
-    @property
-    def size(self) -> str:
-        """The one base of workloads that take one."""
-        return self.sizes[0]
+ALL_KINDS = tuple(dict.fromkeys([*CUTOFF, *texts.TASKS]))
 
 
 def train(asked: Asked) -> Iterator[Result]:
     """Time of optimizer steps: every size, dtype, method and kind that is asked for."""
     for size, dtype, method, kind in product(asked.sizes, asked.dtypes, asked.methods, asked.kinds):
-        examples = rows(kind, BATCH * (asked.steps + 1), llama(size, device="meta").config.vocab_size)
+        examples, what = asked.examples(size, kind)
         with tempfile.TemporaryDirectory() as folder:
             ours, peer = pair(size, examples, method, dtype, BATCH, Path(folder) / "a")
-            told = agree(ours, peer, 2, 1e-4 if dtype == "fp32" else 1e-3)
+            told = f"{what}; {agree(ours, peer, 2, 1e-4 if dtype == 'fp32' else 1e-3)}"
         yield _steps(f"train {method} {kind} {size} {dtype}", ours, peer, examples, PEFT, told, asked)
 
 
@@ -90,11 +72,8 @@ def series(asked: Asked) -> Iterator[Result]:
 
 
 def _steps(name: str, ours: Side, peer: Side, examples: Sequence[Row], peer_is: str, told: str, asked: Asked) -> Result:
-    took = rounds({"ours": turn(ours, asked.steps), "peer": turn(peer, asked.steps)}, asked.rounds)
-    tokens = sum(len(e.input_ids) for e in examples[BATCH:])
-    speed = {k: f"{tokens / statistics.median(t.wall for t in v):.0f}" for k, v in took.items()}
-    note = f"{speed['ours']} against {speed['peer']} real tokens/s; {about(examples[BATCH:], BATCH)}; {told}"
-    return faster(name, took["ours"], took["peer"], peer_is, note)
+    took = asked.measured({"ours": turn(ours, asked.steps), "peer": turn(peer, asked.steps)})
+    return timed(name, took["ours"], took["peer"], examples, BATCH, peer_is, told)
 
 
 def upper(asked: Asked) -> Iterator[Result]:
@@ -143,7 +122,7 @@ def cost(asked: Asked) -> Iterator[Result]:
         steps = bound.Steps(asked.size, dtype, "math")
         sides = {str(n): partial(steps.run, n) for n in (None, *bound.METHODS)}
         with kept():
-            took = rounds({**sides, "plain": steps.plain}, asked.rounds)
+            took = asked.measured({**sides, "plain": steps.plain})
         walls = {name: [t.wall for t in v] for name, v in took.items()}
         config = steps.host.model.config
         rates = bound.gemm(dtype, config)
@@ -164,7 +143,7 @@ def choice(asked: Asked) -> Iterator[Result]:
     for name, form in (("ARC-Easy", "adapter"), ("ARC-Easy", "text"), ("openbookqa", "adapter"), ("boolq", "adapter")):
         side = Choice(asked.data, name, form, 4 if asked.quick else asked.count, "small" if asked.quick else asked.size)
         told = side.agree()
-        took = rounds({"ours": side.ours, "harness": side.harness, "alone": side.one_by_one}, asked.rounds)
+        took = asked.measured({"ours": side.ours, "harness": side.harness, "alone": side.one_by_one})
         for peer, peer_is in (("harness", "lm_eval HFLM, batch 16"), ("alone", "one forward per option")):
             yield faster(f"choice {name} ({form} prompts) {asked.size}", took["ours"], took[peer], peer_is, told)
 
@@ -177,14 +156,14 @@ def generate(asked: Asked) -> Iterator[Result]:
     side = Generation(asked.data, *((8, "small") if asked.quick else (asked.count, asked.size)))
     told = side.agree()
     runs = {"ours": side.ours, "8": lambda: side.peer(8), "1": lambda: side.peer(1)}
-    took = rounds(runs, asked.rounds)
+    took = asked.measured(runs)
     for peer, peer_is in (("8", "transformers generate, batch 8"), ("1", "transformers generate, one at a time")):
         yield faster(f"generate math prompts {asked.size}", took["ours"], took[peer], peer_is, told)
 
 
 def hang(asked: Asked) -> Iterator[Result]:
     """Attach time, and many adapters."""
-    took = rounds({"ours": attach.ours, "peer": attach.peft, "bare": attach.bare}, asked.rounds)
+    took = asked.measured({"ours": attach.ours, "peer": attach.peft, "bare": attach.bare})
     for peer, peer_is in (("peer", "PEFT get_peft_model"), ("bare", "a bare wrapper module")):
         yield faster("attach LoRA to 32 layers, 224 places", took["ours"], took[peer], peer_is)
     size, numbers = ("tiny", (1, 3, 5)) if asked.quick else ("60M-blocks", (1, 100, 1000))
@@ -205,7 +184,7 @@ def mix(asked: Asked) -> Iterator[Result]:
     peers = {n: mixing.Decoder(bare.model, many, mixing.with_peft(asked.size, n, many)) for n in {many, 4}}
     for what, steps in (("decode", 5 * asked.steps), ("prefill", 0)):
         sides: dict[str, mixing.Decoder] = {"bare": bare, **ours, **{f"PEFT {n}": p for n, p in peers.items()}}
-        took = rounds({n: partial(d.steps, steps) if steps else d.prefill for n, d in sides.items()}, asked.rounds)
+        took = asked.measured({n: partial(d.steps, steps) if steps else d.prefill for n, d in sides.items()})
         walls = {n: [t.wall for t in v] for n, v in took.items()}
         about = f"{many} rows, context {mixing.CONTEXT}" if steps else f"{many} x {mixing.CONTEXT} tokens"
         for name in plans:
@@ -230,7 +209,7 @@ def _in_slots(
     if (off := float((got - want).abs().max() / want.abs().max())) > 1e-4:
         raise RuntimeError(f"logits in slots are {off:.1e} off")
     runs = {name: partial(s.steps, 5 * asked.steps) for name, s in sides.items()}
-    took = rounds({**runs, "transformers": partial(bare.steps, 5 * asked.steps)}, asked.rounds)
+    took = asked.measured({**runs, "transformers": partial(bare.steps, 5 * asked.steps)})
     walls = {n: [t.wall for t in v] for n, v in took.items()}
     many = len(plans["bare"])
     note = f"{many} rows, context {mixing.CONTEXT}; bare logits agree to {off:.0e}"
@@ -251,7 +230,7 @@ def heterogeneous(asked: Asked) -> Iterator[Result]:
             "LoRA": mixing.Slotted(host, [f"lora-{i}" for i in range(requests)]),
             "bmm": mixing.Slotted(mixing.with_bmm(asked.size, requests), [None] * requests),
         }
-        took = rounds({n: partial(d.steps, 5 * asked.steps) for n, d in sides.items()}, asked.rounds)
+        took = asked.measured({n: partial(d.steps, 5 * asked.steps) for n, d in sides.items()})
         speed = {n: requests * 5 * asked.steps / statistics.median(t.wall for t in v) for n, v in took.items()}
         note = ", ".join(f"{n} {v:.0f}" for n, v in speed.items()) + " tokens/s"
         for peer, peer_is in (("bmm", "LoRA by torch.bmm"), ("LoRA", "our own stacked LoRA")):
@@ -261,7 +240,8 @@ def heterogeneous(asked: Asked) -> Iterator[Result]:
 
 
 WORKLOADS = {
-    f.__name__: f for f in (train, series, upper, memory, cost, choice, generate, hang, mix, heterogeneous, gpu)
+    f.__name__: f
+    for f in (train, strongest, threads, series, upper, memory, cost, choice, generate, hang, mix, heterogeneous, gpu)
 }
 
 
@@ -269,9 +249,12 @@ def of(given: argparse.Namespace) -> Asked:
     """What was asked for; --quick leaves little of it."""
     lists = (tuple(given.methods), tuple(given.kinds), tuple(given.dtypes))
     if given.quick:
-        return Asked(1, 1, ("tiny",), given.threads, given.data, True, 8, *lists)
+        size = given.size if given.size in REAL else "tiny"
+        return Asked(1, 1, (size,), given.threads, given.data, True, 8, *lists, given.beside_load)
     sizes = (given.size,) if given.size else ("60M", "small")
-    return Asked(given.rounds, given.steps, sizes, given.threads, given.data, False, given.count, *lists)
+    return Asked(
+        given.rounds, given.steps, sizes, given.threads, given.data, False, given.count, *lists, given.beside_load
+    )
 
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -282,13 +265,18 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all by default")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a round")
-    parser.add_argument("--size", help="base: small, 60M, 7B; by default 60M, for train and series small as well")
+    parser.add_argument(
+        "--size", help="base: small, 60M, 7B, smollm2-135m; 60M if not given, for train and series small as well"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, help="real test files")
     parser.add_argument("--count", type=int, default=40, help="questions, or prompts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=ALL_KINDS, help="mawps needs --data")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--beside-load", type=int, default=0, metavar="N", help="N busy loops run beside the rounds (not beside memory)"
+    )
     parser.add_argument(
         "--default-products", action="store_true", help="ours keeps to PyTorch's default library too (float32, AMD)"
     )
@@ -307,12 +295,16 @@ def main() -> None:
         bound.default_products()
     command = "python -m benchmarks " + " ".join("DATA" if a == str(given.data) else a for a in sys.argv[1:])
     print({**machine(), "inlay": state()})
-    watch = Watch()
     for name in given.workloads or WORKLOADS:
         for result in WORKLOADS[name](asked):
             if given.default_products:
                 result = replace(result, workload=f"{result.workload}, default products")
-            load = watch.told()
+            load: dict[str, Any] = dict(asked.watch.told())
+            if result.metric == FASTER:
+                load |= asked.watch.noted(result.rounds)
+                if asked.beside:
+                    result = replace(result, workload=f"{result.workload}, beside {asked.beside} busy")
+                    load["beside"] = asked.beside
             print(f"{result.workload:60s} {result.ratio:8.2f} ({result.low:.2f}-{result.high:.2f}) {result.metric}, "
                   f"{result.peer_is}; {result.note}; {load}", flush=True)  # fmt: skip
             if not given.quick:

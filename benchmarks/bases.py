@@ -1,4 +1,4 @@
-"""Models of random weights in the sizes that are compared."""
+"""The models that are compared: LLaMAs of random weights in several sizes, and real ones."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ SIZES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
 }
 VOCABULARY = {"60M-blocks": 200, "tiny": 200, "32-layer": 200}
+REAL = ("smollm2-135m",)
+"""Bases of `inlay.load_base` with weights and a tokenizer of their own."""
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def llama(size: str, dtype: str = "fp32", device: str = "cpu") -> Any:
-    """A LLaMA of random weights, vocabulary 32,000, embedding and head apart."""
+    """A LLaMA of random weights, vocabulary 32,000, embedding and head apart; or one of `REAL`, which is a LLaMA too.
+
+    On the device "meta", only its shapes.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    if size in REAL:
+        return _real(size, dtype, device)
 
     torch.manual_seed(0)
     vocabulary = VOCABULARY.get(size, 32000)
@@ -34,3 +42,14 @@ def llama(size: str, dtype: str = "fp32", device: str = "cpu") -> Any:
             return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(usual)
+
+
+def _real(name: str, dtype: str, device: str) -> Any:
+    from inlay.models import base
+
+    if device != "meta":
+        return base.load_base(name, dtype, device)[0]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.where(name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,16 +90,15 @@ def work(config: Any, cut: Sequence[Sequence[Row]]) -> float:
     the head where a token is learned. What the examples of a batch begin with alike counts once. Attention's own
     products are left out, so the floor is a little low."""
     d, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    groups = config.num_key_value_heads / config.num_attention_heads  # keys and values are narrower under GQA
     tokens = sum(computed(batch) for batch in cut)
     learned = sum(label != -100 for batch in cut for r in batch for label in r.labels[1:])
-    return 4.0 * layers * (4 * d * d + 3 * d * m) * tokens + 4.0 * d * config.vocab_size * learned
+    return 4.0 * layers * ((2 + 2 * groups) * d * d + 3 * d * m) * tokens + 4.0 * d * config.vocab_size * learned
 
 
 def default_products() -> None:
     """Let this process multiply as PyTorch does by default: what is left is everything but the choice of library."""
-    from inlay.core import product
-    from inlay.engine import linear, reorder
+    from inlay.core import processor
 
-    for module in (product, linear, reorder):
-        module.slow_default = lambda: False  # type: ignore[assignment, attr-defined]
-    reorder.has_other = lambda: False  # type: ignore[assignment]
+    os.environ[processor.VARIABLE] = "mkl"
+    processor.product_library.cache_clear()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import gc
 import json
 import os
 import platform
@@ -15,12 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks.json"
-PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters")
+PACKAGES = ("torch", "numpy", "transformers", "peft", "accelerate", "lm_eval", "adapters", "trl")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that say how threads wait for one another: they decide the time on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,20 @@ def total(parts: Iterable[Took]) -> Took:
     return Took(sum(walls), sum(cpus))
 
 
-def rounds(variants: Mapping[str, Callable[[], object]], number: int) -> dict[str, list[Took]]:
+def rounds(
+    variants: Mapping[str, Callable[[], object]], number: int, before: Callable[[], None] = lambda: None
+) -> dict[str, list[Took]]:
     """Time of each variant in each round, one after another within a round; a first round is thrown away.
 
     A variant may return its own `Took`, where part of its work is not to be counted.
+
+    Args:
+        before: called before each round that counts.
     """
     found: dict[str, list[Took]] = {name: [] for name in variants}
     for turn in range(number + 1):
+        if turn:
+            before()
         for name, run in variants.items():
             began = clock()
             told = run()
@@ -107,17 +119,41 @@ def faster(workload: str, ours: Sequence[Took], peer: Sequence[Took], peer_is: s
 
 def peak(*arguments: str) -> float:
     """Peak resident MiB of a fresh `python -m benchmarks.child ...`."""
+    return _child(*arguments)[-1]
+
+
+def above(*arguments: str) -> float:
+    """MiB that training adds, at its peak, to such a process that holds weights, adapter and all that it imports."""
+    idle, most = _child(*arguments)
+    return most - idle
+
+
+def _child(*arguments: str) -> list[float]:
     command = [sys.executable, "-m", "benchmarks.child", *arguments]
     made = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if made.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{made.stderr[-2000:]}")
-    return float(made.stdout.split()[-1])
+    return [float(x) for x in made.stdout.splitlines()[-1].split()]
 
 
 def own_peak() -> float:
     """Peak resident MiB of this process. (Not getrusage's: that remembers the parent's size from before exec.)"""
+    return _status("VmHWM")
+
+
+def settle() -> float:
+    """Give free memory back and let the peak begin anew, so that loading is not in it; resident MiB now."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not allowed in some containers: then loading is in the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> float:
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
 
 def machine() -> dict[str, object]:
@@ -136,6 +172,7 @@ def machine() -> dict[str, object]:
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "environment": {name: os.environ[name] for name in WAITING if name in os.environ},
         "python": platform.python_version(),
         "packages": found,
     }
@@ -159,36 +196,13 @@ def state(package: Path | None = None) -> str:
     return f"{commit}+" if changed else commit
 
 
-class Watch:
-    """What else the machine did meanwhile: cores busy with other processes, and cores that the hypervisor took."""
-
-    def __init__(self) -> None:
-        self.began = self._now()
-        self.last: dict[str, float] = {}
-
-    @staticmethod
-    def _now() -> tuple[float, float, float, float]:
-        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        user, nice, system, _, _, irq, softirq, steal = (int(x) / os.sysconf("SC_CLK_TCK") for x in first)
-        own = os.times()
-        mine = own.user + own.system + own.children_user + own.children_system
-        return time.monotonic(), user + nice + system + irq + softirq, steal, mine
-
-    def told(self) -> dict[str, float]:
-        """Means in cores since this was last asked, and the load average now. One measurement may give several results
-        at once: they share their means."""
-        now = self._now()
-        seconds, busy, steal, mine = (b - a for a, b in zip(self.began, now, strict=True))
-        if seconds > 0.5 or not self.last:
-            cores = {"others": (busy - mine) / seconds, "stolen": steal / seconds}
-            self.last = {k: round(max(v, 0.0), 2) for k, v in cores.items()} | {"loadavg": round(os.getloadavg()[0], 2)}
-            self.began = now
-        return self.last
-
-
-def record(result: Result, command: str, load: Mapping[str, float], path: Path = RESULTS) -> None:
+def record(result: Result, command: str, load: Mapping[str, Any], path: Path = RESULTS) -> None:
     """Put a result into the file, in place of an older one of the same workload and peer on
-    this processor."""
+    this processor.
+
+    Args:
+        load: what ran beside it: `Watch.told`, and where noted `Watch.noted` and `beside`, the busy loops asked for.
+    """
     there = json.loads(path.read_text()) if path.exists() else []
     here = machine()
 

@@ -48,6 +48,8 @@ def table(results: list[dict]) -> str:
         digits = 0 if r["unit"] == "MiB" else 4
         cpu = f"{r['cpu_ratio']:.2f} ×" if r.get("cpu_ratio") is not None else ""
         load = f"{r['load']['others'] + r['load']['stolen']:.2f} cores"
+        if before := r["load"].get("others_before"):
+            load += f", before rounds ≤ {max(before):.2f}"
         lines.append(
             f"| {r['workload']} | {r['peer_is']} | {r['ours']:.{digits}f} {r['unit']} | "
             f"{r['peer']:.{digits}f} {r['unit']} | {ratio} | {cpu} | {r['rounds']} | {load} | "

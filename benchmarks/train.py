@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from benchmarks.bases import ALL_LINEARS, llama
-from benchmarks.harness import Took, clock, total
-from benchmarks.lengths import Row
+from benchmarks.harness import Result, Took, clock, faster, total
+from benchmarks.lengths import Row, about
 
 LR = 1e-4
 METHODS = ("lora", "road", "prefix")
@@ -58,37 +59,43 @@ class Peer:
         """(losses, time) of so many optimizer steps from the first example on."""
         losses: list[float] = []
         took: list[Took] = []
-        data: Any = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
+        data = [{"input_ids": e.input_ids, "labels": e.labels} for e in self.examples]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            in_order(
-                model=self.model,
-                args=self._arguments(folder, number),
-                train_dataset=data,
-                data_collator=collate,
-                callbacks=[watching(losses, took)],
-            ).train()
+            self._trainer(self._settings(folder, number), data, watching(losses, took)).train()
         return losses, took
 
-    def _arguments(self, folder: str, steps: int) -> Any:
-        from transformers import TrainingArguments
+    def warm(self) -> None:
+        """Import all that steps need."""
+        import transformers.trainer  # noqa: F401
 
-        return TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=self.size,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=next(self.model.parameters()).device.type == "cpu",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            **self.arguments,
+    def _trainer(self, settings: dict[str, Any], data: list[dict[str, list[int]]], callback: Any) -> Any:
+        """What trains: transformers' Trainer over padded batches."""
+        from transformers import Trainer, TrainingArguments
+
+        args, rows = TrainingArguments(**settings), cast(Any, data)
+        return in_order(
+            Trainer, model=self.model, args=args, train_dataset=rows, data_collator=collate, callbacks=[callback]
         )
+
+    def _settings(self, folder: str, steps: int) -> dict[str, Any]:
+        """Of `TrainingArguments`."""
+        settings = {
+            "output_dir": folder,
+            "max_steps": steps,
+            "per_device_train_batch_size": self.size,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": next(self.model.parameters()).device.type == "cpu",
+            "dataloader_pin_memory": False,
+            "remove_unused_columns": False,
+        }
+        return settings | self.arguments
 
 
 def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -103,12 +110,11 @@ def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 
 # transformers' Trainer is imported only by who trains with it: what it takes is no memory of ours (`benchmarks.child`).
-def in_order(**arguments: Any) -> Any:
-    """A Trainer that takes its examples in the order of the data."""
+def in_order(kind: Any, **arguments: Any) -> Any:
+    """A trainer of this kind (transformers' Trainer or a subclass) that takes its examples in the order of the data."""
     from torch.utils.data import SequentialSampler
-    from transformers import Trainer
 
-    class InOrder(Trainer):
+    class InOrder(kind):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
@@ -175,6 +181,9 @@ class Ours:
         self.loop.feed.step = lambda number: cut[number % len(cut)]  # type: ignore[method-assign]
         self.examples = list(examples)
 
+    def warm(self) -> None:
+        """Nothing is left to import."""
+
     def steps(self, number: int) -> tuple[list[float], list[Took]]:
         """(losses, time) of so many optimizer steps from the first example on."""
         from inlay.train.loop import training
@@ -213,3 +222,16 @@ def pair(
 def turn(side: Side, steps: int) -> Callable[[], Took]:
     """Time of a round's steps, the first of which is not counted."""
     return lambda: total(side.steps(steps + 1)[1][1:])
+
+
+def timed(
+    name: str, ours: Sequence[Took], peer: Sequence[Took], examples: Sequence[Row], batch: int, peer_is: str, told: str
+) -> Result:
+    """A result of training, with tokens a second: those of the texts, whatever a side pads or computes once.
+
+    The first batch of `examples` is not counted (`turn`).
+    """
+    counted = examples[batch:]
+    tokens = sum(len(e.input_ids) for e in counted)
+    own, other = (f"{tokens / statistics.median(t.wall for t in side):.0f}" for side in (ours, peer))
+    return faster(name, ours, peer, peer_is, f"{own} against {other} real tokens/s; {about(counted, batch)}; {told}")

@@ -101,7 +101,10 @@ def scores(folder: Path, fresh: dict[str, set[int]]) -> dict[tuple[str, str], tu
     found = {}
     for (task, adapter), mine in rows.items():
         kept = [r for r in mine if r["index"] in fresh[task]]
-        found[task, adapter] = score(mine, task, "clean"), score(kept, task, "clean") if len(kept) < len(mine) else None
+        found[task, adapter] = (
+            score(mine, task, "clean"),
+            score(kept, task, "clean") if 0 < len(kept) < len(mine) else None,
+        )
     return found
 
 

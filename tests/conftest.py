@@ -29,3 +29,24 @@ def shared() -> Path:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say that the tests on real bases did not run, if they did not."""
+    from inlay.models import real
+
+    for name, base in real.CATALOGUE.items():
+        if not real.installed(name):
+            reason = f"{name}, or what converts it, is not installed. To run it: {base.install}"
+            terminalreporter.write_line(f"tests/real was skipped: {reason}")
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request, monkeypatch) -> str:
+    """The library of float32 products on CPUs: a test that asks for it runs with each, whatever the processor."""
+    from inlay.core import processor
+
+    if request.param == "onednn" and not processor.has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(processor, "product_library", lambda: request.param)
+    return request.param

@@ -13,7 +13,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "inlay"
 FLOORS = (
     ("compat", "core"),
-    ("methods", "models", "deltas", "interop", "tasks", "api", "__init__"),
+    ("methods", "models", "deltas", "interop", "tasks", "threads", "api", "__init__"),
     ("engine",),
     ("train", "evaluate", "knowledge", "library", "plan"),
     ("study", "serve", "demo"),

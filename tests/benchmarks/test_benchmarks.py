@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import inlay
 from benchmarks import bound, report
 from benchmarks.bases import llama
-from benchmarks.harness import FASTER, SHARE, Took, Watch, clock, compare, faster, record, rounds, state, total
+from benchmarks.harness import FASTER, SHARE, Took, clock, compare, faster, record, rounds, state, total
 from benchmarks.lengths import BATCH, FILE, padding, rows, typical
+from benchmarks.load import Watch
 from benchmarks.train import METHODS, Ours, agree, alike, batches, pair, turn
 
 

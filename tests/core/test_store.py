@@ -206,3 +206,128 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path):
     with files.new_folder(tmp_path / "a") as folder:
         (folder / "whole").write_text("x")
     assert (tmp_path / "a" / "whole").read_text() == "x"
+
+
+# ---- two at once, and interrupted ------------------------------------------------------------------------------------
+def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path):
+    hosts, rounds = [wearing(seed=k) for k in (1, 2)], 15
+    digests = {store.content_digest(h.tensors("x")) for h in hosts}
+    for r in range(rounds):
+        folder, begin, children = tmp_path / str(r), time.time() + 0.02, []
+        for host in hosts:
+            if not (child := os.fork()):
+                while time.time() < begin:
+                    pass
+                try:
+                    inlay.save(host, "x", folder)
+                finally:
+                    os._exit(0)
+            children.append(child)
+        assert [os.waitpid(c, 0)[1] for c in children] == [0, 0]
+        assert store.content_digest(store.read(folder)[1]) in digests
+        assert len(list(folder.iterdir())) == 2  # nothing is left of the one that came first
+
+
+def test_a_reader_that_meets_saves_reads_one_or_the_other(tmp_path):
+    hosts = [wearing(seed=k) for k in (1, 2)]
+    digests = {store.content_digest(h.tensors("x")) for h in hosts}
+    inlay.save(hosts[0], "x", tmp_path)
+    if not (child := os.fork()):
+        for n in range(60):
+            inlay.save(hosts[n % 2], "x", tmp_path)
+        os._exit(0)
+    reads = 0
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        assert store.content_digest(store.read(tmp_path)[1]) in digests
+        reads += 1
+    assert reads > 5
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_s_is_not(tmp_path):
+    (tmp_path / ".a.0123abcd.partial" / "a").mkdir(parents=True)
+    (tmp_path / ".a.77.partial").write_text("half a file")
+    with files.new_folder(tmp_path / "a") as mine:
+        (mine / "x").write_text("x")
+        files.write_text(tmp_path / "a.json", "{}")
+        with pytest.raises(files.DiskError, match="cannot write"), files.new_folder(tmp_path / "a") as other:
+            (other / "y").write_text("y")
+            assert mine.is_dir()
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "z").touch()
+        (tmp_path / "a" / "z").unlink()
+    assert (tmp_path / "a" / "x").read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.json"]
+
+
+def test_files_have_the_mode_that_umask_asks_for(tmp_path):
+    """Not 0600, as safetensors makes them: another user or a container may read what was saved."""
+    before = os.umask(0o022)
+    try:
+        inlay.save(wearing(), "x", tmp_path)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("write", ["safetensors", "torch", "text"])
+def test_a_disk_that_takes_no_more_is_one_error_with_its_cure(write, tmp_path):
+    """No file of this process may grow: what a full disk is to whoever writes."""
+    import resource
+
+    def work(path):
+        big = torch.zeros(100_000)
+        if write == "safetensors":
+            return save_file({"a": big}, path)
+        return torch.save(big, path) if write == "torch" else path.write_text("x" * 400_000)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    files.write_text(tmp_path / "a", "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(files.DiskError, match=r"cannot write .*/a: .* free\); free some space or choose another"):
+            files.replace_file(tmp_path / "a", work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+# ---- values that are not finite --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("door", ["save", "load", "shelve", "fill"])
+def test_values_that_are_not_finite_are_refused_at_every_door(door, value, tmp_path):
+    from inlay.methods import EDITS
+
+    host = wearing()
+    inlay.save(host, "x", tmp_path)
+    tensors = {k: t.detach().clone() for k, t in host.tensors("x").items()}
+    key = sorted(tensors)[-1]
+    tensors[key].view(-1)[-1] = value
+    with pytest.raises(inlay.InlayError, match=rf"{key} holds values that are not finite"):
+        if door == "fill":
+            host.fill("x", tensors)
+        host.parameters("x")[-1].data.view(-1)[-1] = value
+        host.tensors("x")[key].data.view(-1)[-1] = value
+        if door == "save":
+            inlay.save(host, "x", tmp_path)
+        (file,) = tmp_path.glob("*.safetensors")
+        save_file(tensors, file)
+        record = json.loads((tmp_path / "adapter.json").read_text())
+        edit_json(tmp_path, tensors=record["tensors"] | {"sha256": files.sha256(file)})
+        if door == "load":
+            inlay.load(host, tmp_path, name="y")
+        store.shelve(host, tmp_path, EDITS, "z")
+    assert set(host.edits) == {"x"}
+
+
+def test_merging_refuses_weights_that_are_not_finite():
+    host = inlay.attach(base("llama", torch.float16))
+    host.add("x", small("ia3"), seed=0)
+    for t in host.parameters("x"):
+        t.data.fill_(1e6)
+    with pytest.raises(inlay.InlayError, match="not finite in float16.*merge in bf16 or fp32"):
+        inlay.merge(host, "x")
+    next(iter(host.parameters("x"))).data.fill_(float("nan"))
+    with pytest.raises(inlay.InlayError, match="'x' is damaged: .* holds values that are not finite"):
+        inlay.merge(host, "x")

@@ -83,7 +83,7 @@ def test_a_step_allocates_the_same_every_time_and_leaves_nothing():
     [{"layers": 2}, {}, {"hidden": 64, "inner": 160}, {"inner": 200}, {"vocabulary": 4000}, {"vocabulary": 60_000}],
     ids=str,
 )
-def test_the_peak_is_what_the_layers_keep_and_one_slice_of_logits(sizes):
+def test_the_peak_is_what_the_layers_keep_and_one_slice_of_logits(library, sizes):
     """Per token and layer 11 hidden states and 2 of the MLP's (10.4 and 1.85 when this was written), and the logits of
     as many learned tokens as are computed at a time. Nothing else."""
     base = model(**sizes)
@@ -101,9 +101,9 @@ LINEARS = 7
 @pytest.mark.parametrize(
     ("method", "settings", "each"), [("lora", {"rank": 4}, 5), ("road1", {}, 6), ("series", {"size": 8}, 9)]
 )
-def test_a_layer_makes_a_fixed_number_of_activations(method, settings, each):
-    """So many a linear, forward and backward together (35, 39 and 63 a layer when this was written). One copy more in
-    each would show."""
+def test_a_layer_makes_a_fixed_number_of_activations(library, method, settings, each):
+    """So many a linear, forward and backward together (35, 39 and 63 a layer when this was written), in either library.
+    One copy more in each would show."""
     few, more = (activations(allocated(model(layers=n), "linear", method, **settings)) for n in (2, 4))
     assert (more - few) / 2 <= each * LINEARS and few <= 2 * each * LINEARS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.core.product import has_other
+from inlay.core import processor
 from inlay.core.site import Site
 from inlay.engine import reorder
 from inlay.engine.reorder import Reordered
@@ -108,8 +108,9 @@ def fed(host, rows, plan, settings):
 
 def test_a_shared_beginning_is_computed_once_per_adapter():
     rows = prompts(12, beginning=20)
-    fed(dressed("llama"), rows[:1], ["prefix"], GenerateSettings(max_new_tokens=1))  # a first use is tried
-    seen = fed(dressed("llama"), rows, ["lora", "prefix"] * 6, GenerateSettings(max_new_tokens=1, batch_size=1))
+    host = dressed("llama")
+    fed(host, rows[:1], ["prefix"], GenerateSettings(max_new_tokens=1))  # a first use is tried
+    seen = fed(host, rows, ["lora", "prefix"] * 6, GenerateSettings(max_new_tokens=1, batch_size=1))
     assert sum(b * t for b, t in seen) == 2 * 20 + 3 + sum(len(r) - 20 for r in rows)  # 3: virtual tokens of `prefix`
 
 
@@ -149,16 +150,17 @@ def test_reordered_weights_change_nothing(monkeypatch):
     assert not any("forward" in vars(m) for m in host.model.modules())
 
 
-@pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")
+@pytest.mark.skipif(not processor.has_onednn(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("slow", (True, False))
 def test_weights_are_reordered_for_as_many_rows_as_gain_by_it(slow, monkeypatch):
-    monkeypatch.setattr(reorder, "slow_default", lambda: slow)
+    monkeypatch.setattr(processor, "product_library", lambda: "onednn" if slow else "mkl")
+    monkeypatch.setattr(reorder, "allows_onednn", lambda: True)
     model = tiny.host("llama").model
     assert bool(Reordered(model, reorder.FEW - 1).bytes) == slow
     assert Reordered(model, reorder.FEW).bytes
 
 
-@pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")
+@pytest.mark.skipif(not processor.allows_onednn(), reason="PyTorch without oneDNN, or it is not allowed")
 def test_adapters_write_over_what_reordered_weights_say(monkeypatch):
     host, ids = tiny.host("llama"), torch.tensor([[5, 6, 7, 8]])
     made, run, spared = Reordered(host.model), Site.run, []
@@ -176,7 +178,7 @@ def test_adapters_write_over_what_reordered_weights_say(monkeypatch):
     assert torch.allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.skipif(not has_other(), reason="PyTorch without MKL and oneDNN")
+@pytest.mark.skipif(not processor.allows_onednn(), reason="PyTorch without oneDNN, or it is not allowed")
 def test_a_changed_weight_is_reordered_again():
     host = tiny.host("gpt2")
     made = Reordered(host.model)

@@ -157,7 +157,9 @@ def test_a_folder_reports_all_its_calls(worn, tok, tmp_path):
     }  # fmt: skip
     assert saved["average"] == {"good": 100.0}, "an average over fewer tasks is another number"
     only = whole.compare("good", "some")["social_i_qa"]
-    assert saved["comparisons"] == [{"first": "good", "second": "some", "dataset": "social_i_qa", **asdict(only)}]
+    names = {"first": "good", "second": "some", "dataset": "social_i_qa"}
+    counts = {"only_first": only.first, "only_second": only.second}
+    assert saved["comparisons"] == [asdict(only) | names | counts]
     text = (part / "report.md").read_text()
     assert "| good | 100.0 | 100.0 | 100.0 |" in text and "| some |  | 100.0 |  |" in text
     suite(worn, tok, ("some",), ("svamp",), out=part)

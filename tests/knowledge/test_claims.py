@@ -87,3 +87,25 @@ def test_pages_speak_of_the_paper_at_all():
 )
 def test_the_reader_of_pages_finds_what_lacks_a_grade(text, bare, counted):
     assert (len(ungraded(text, MEANT)), len(numbered(text))) == (bare, counted)
+
+
+AUTHORS_OWN = {  # what the abstract (A) or a caption (C) says, in our words; nothing else may be graded P
+    "training few parameters can push a model *away* from the fact it should learn": "A",
+    "facts learned together interfere": "A",
+    "leaving out harmful data helps, and so does re-weighting that makes training attentive to semantic distance": "A",
+    "accuracy drops at short and at long *target semantic distance*": "C",
+}
+
+
+def test_only_what_abstract_and_captions_say_is_graded_as_the_authors_own():
+    rows = [row for row in cells(OURS[0].read_text()) if len(row) == 2 and re.match(r"P\b", row[1])]
+    assert {row[0] for row in rows} == set(AUTHORS_OWN)
+    assert {row[0] for row in rows if "caption" in row[1]} == {c for c, where in AUTHORS_OWN.items() if where == "C"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src/inlay/knowledge").rglob("*.py")), ids=lambda p: p.name)
+def test_code_does_not_call_a_definition_the_papers(path):
+    """Its body was not readable: what a docstring ascribes to the authors stands in the abstract or a caption."""
+    sentences = re.split(r"(?<=[.;])\s", path.read_text())
+    ascribed = [s for s in sentences if re.search(r"\b(?:the paper|the authors|claim of Wang)", s)]
+    assert [s for s in ascribed if not re.search(r"abstract|caption|docs/knowledge", s)] == []

@@ -7,12 +7,12 @@ import torch
 
 import inlay
 from inlay.core.fold import Stack
+from tests.laws.rounding import assert_equal_to_rounding
 from tests.laws.zoo import base, batch, excite, logits, methods, places, small
 
 FAMILIES = ["llama", "gptj", "bloom", "opt", "gpt2"]
 STACKED = ["lora", "rslora", "pissa", "dora", "adalora", "ia3", "series", "parallel", "pfeiffer", "compacter"]
 STACKED += ["loha", "lokr", "krona", "vera"]
-NEAR = dict(rtol=1e-4, atol=1e-5)
 
 
 def wearing(family: str, *names: str, copies: int = 1, **settings):
@@ -32,9 +32,8 @@ def test_shelved_is_hung(family):
         host.shelve(f"s-{name}", host.edits[name], host.placement(name), host.tensors(name))
     assert (len(host.sites), len(list(host.model.named_modules()))) == (sites, hooks)
     for name in [n for n in host.edits if not n.startswith("s-")]:
-        torch.testing.assert_close(
-            logits(host, f"s-{name}", **batch()), logits(host, name, **batch()), **NEAR, msg=name
-        )
+        shelved, hung = logits(host, f"s-{name}", **batch()), logits(host, name, **batch())
+        assert_equal_to_rounding(shelved, hung, host.model, name)
 
 
 @pytest.mark.parametrize("method", STACKED)
@@ -50,7 +49,7 @@ def test_a_stacked_row_is_its_adapter_alone(family, tokens, method):
         got = host.model(**inputs).logits
         steps = host.now.steps
     assert len(steps) == 1 and isinstance(steps[0], Stack) and steps[0].rows is None
-    torch.testing.assert_close(got, want, **NEAR)
+    assert_equal_to_rounding(got, want, host.model)
 
 
 def test_rows_that_wear_several_and_rows_that_wear_none():
@@ -59,10 +58,10 @@ def test_rows_that_wear_several_and_rows_that_wear_none():
     inputs = batch(5)
     want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
     host.strategy = "stack"
-    torch.testing.assert_close(logits(host, *plan, **inputs), want, **NEAR)
+    assert_equal_to_rounding(logits(host, *plan, **inputs), want, host.model)
     plan = plan[::-1]
     want = torch.stack([logits(host, n, **inputs)[i] for i, n in enumerate(plan)])
-    torch.testing.assert_close(logits(host, *plan, **inputs), want, **NEAR)
+    assert_equal_to_rounding(logits(host, *plan, **inputs), want, host.model)
 
 
 def test_auto_stacks_adapters_of_few_rows_and_never_while_training():
@@ -96,7 +95,7 @@ def test_a_stack_follows_its_adapters(how):
         with torch.no_grad():
             after = host.model(**inputs).logits
     host.strategy = "segments"
-    torch.testing.assert_close(after, logits(host, "lora-0", "lora-1", **inputs), **NEAR)
+    assert_equal_to_rounding(after, logits(host, "lora-0", "lora-1", **inputs), host.model)
     assert not torch.allclose(before, after)
 
 
@@ -143,7 +142,7 @@ def test_on_the_shelf_the_order_is_that_of_names():
             host.shelve(name, host.edits[hung], host.placement(hung), host.tensors(hung))
         assert sorted(host.edits, key=host.order.__getitem__) == ["lora-0", "ia3-0", "x", "y"]
         got = logits(host, "y+x", **batch())
-        torch.testing.assert_close(got, logits(host, "lora-0+ia3-0", **batch()), **NEAR)
+        assert_equal_to_rounding(got, logits(host, "lora-0+ia3-0", **batch()), host.model)
         host.remove("x"), host.remove("y")
 
 
@@ -164,7 +163,7 @@ def test_a_hung_adapter_leaves_and_the_shelved_ones_stay_worn():
     host.shelve("kept", donor.edits["lora-0"], donor.placement("lora-0"), donor.tensors("lora-0"))
     want = logits(donor, "lora-0", **batch())
     host.add("hung", small("lora"), at=places("lora", "llama"), seed=1).remove("hung")
-    torch.testing.assert_close(logits(host, "kept", **batch()), want, **NEAR)
+    assert_equal_to_rounding(logits(host, "kept", **batch()), want, host.model)
     assert not [n for n, _ in host.detach().named_modules() if "inlay" in n]
 
 
@@ -178,7 +177,7 @@ def test_neighbours_who_wear_the_same_share_an_adapter_of_the_stack(method):
         got = host.model(**inputs).logits
         (step,) = host.now.steps
     assert isinstance(step, Stack) and step.each == 2 and next(iter(step.at["0.down"].values())).shape[0] == 3
-    torch.testing.assert_close(got, want, **NEAR)
+    assert_equal_to_rounding(got, want, host.model)
 
 
 @pytest.mark.parametrize("method", [*STACKED, "road1"])
@@ -193,7 +192,7 @@ def test_what_somebody_else_holds_of_a_layer_is_not_written_over(method):
 
     for site in host.sites.values():
         site.layer.register_forward_hook(hold, prepend=True)
-    torch.testing.assert_close(logits(host, f"{method}-0", **batch(4)), alone, **NEAR)
+    assert_equal_to_rounding(logits(host, f"{method}-0", **batch(4)), alone, host.model)
     logits(host, *[f"{method}-{i % 2}" for i in range(4)], **batch(4))
     assert held and all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
 

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 import inlay
-from tests.laws.zoo import FAMILIES, MOE, base, batch, dressed, excite, logits, methods, places, positioned, small
+from tests.laws.zoo import (
+    FAMILIES,
+    MOE,
+    base,
+    batch,
+    dressed,
+    excite,
+    logits,
+    method,
+    methods,
+    places,
+    positioned,
+    small,
+)
 
 CASES = [(f, m) for f in FAMILIES for m in methods(f)]
 VIRTUAL = ("prefix", "prompt", "ptuning")
@@ -146,7 +159,7 @@ def test_saved_and_loaded_is_bit_equal_and_merged_is_equal_or_refused(family, na
     again = inlay.attach(base(family))
     inlay.load(again, tmp_path)
     assert torch.equal(logits(again, "x", **batch()), want)
-    merges = name not in VIRTUAL and inlay.method(name).edit.kind not in ("bottleneck", "compacter", "gated")
+    merges = name not in VIRTUAL and method(name).edit.kind not in ("bottleneck", "compacter", "gated")
     if not merges:
         with pytest.raises(inlay.InlayError, match="not linear|no weight|no single weight"):
             inlay.merge(host, "x")

@@ -52,6 +52,9 @@ CONFIGS = {
 }
 FAMILIES = list(CONFIGS)
 MOE = ("mixtral", "olmoe")
+AT_EXPERTS = "-at-experts"
+"""Ends the names under which methods hang on expert parameters."""
+LOW_RANK = ("lora", "rslora", "pissa", "dora", "adalora")
 
 SMALL = {"rank": 4, "size": 8, "tokens": 3, "hidden": 8, "group": 8}
 
@@ -66,9 +69,14 @@ def base(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     return model
 
 
+def method(name: str) -> inlay.Method:
+    """The row of a method, wherever it hangs."""
+    return inlay.method(name.removesuffix(AT_EXPERTS))
+
+
 def small(name: str, **settings):
     """A method in a small size."""
-    row = inlay.method(name)
+    row = method(name)
     known = row.edit.__dataclass_fields__
     if row.edit.kind == "adalora":
         settings = {"target": 2, **settings}
@@ -77,6 +85,8 @@ def small(name: str, **settings):
 
 def places(name: str, family: str) -> str:
     """Where a method hangs in the tests: its default, or attention where a mixture of experts has no such linear."""
+    if name.endswith(AT_EXPERTS):
+        return "experts"
     at = inlay.method(name).places
     if family in MOE:
         at = {"q,k,v,up,down": "q,k,v,o", "down": "o", "up,down": "q,o", "o,down": "o", "k,v,down": "k,v"}.get(at, at)
@@ -88,7 +98,8 @@ def places(name: str, family: str) -> str:
 def methods(family: str) -> list[str]:
     """The methods that this family can wear."""
     biased = any(n.endswith("bias") for n, _ in base(family).named_parameters())
-    return [n for n in inlay.METHODS if biased or n != "bitfit"]
+    some = [n for n in inlay.METHODS if biased or n != "bitfit"]
+    return some + [f"{n}{AT_EXPERTS}" for n in LOW_RANK if family in MOE]
 
 
 def excite(host, scale: float = 0.1, seed: int = 1) -> None:

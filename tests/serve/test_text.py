@@ -10,6 +10,8 @@ from inlay.evaluate.rows import Row, Scored, finish
 from inlay.serve.errors import Refused
 from inlay.serve.text import TORN, Spoken, Texts
 from inlay.serve.wire import Message
+from inlay.tasks import Record
+from inlay.tasks.templates import ALPACA
 from tests.evaluate.tiny import EOS, tokenizer
 
 TOK = tokenizer()
@@ -66,8 +68,8 @@ def test_a_chat_template_is_used_and_its_refusal_told():
     assert TOK.decode(texts.chat_ids(turns)) == "<system>S<user>hi<assistant>"
     with pytest.raises(Refused, match="system first"):
         texts.chat_ids(turns[::-1])
-    assert Texts(TOK, 259, "plain").chat_text(turns) == "S\nhi"
-    assert "hi" in Texts(TOK, 259).chat_text(turns) != "S\n\nhi"
+    assert TOK.decode(Texts(TOK, 259, "none").chat_ids(turns)) == "S\nhi"
+    assert TOK.decode(Texts(TOK, 259).chat_ids(turns)) == ALPACA.prompt(Record("S\n\nhi"))
 
 
 def test_tokens_are_shown_as_they_stand_in_a_text():

@@ -1,9 +1,11 @@
 """Extraction: the published rules with every trap they have, and what the clean rules make of the same texts."""
 
+from random import Random
+
 import pytest
 
 from inlay.core.errors import InlayError
-from inlay.tasks import CLEAN, PUBLISHED
+from inlay.tasks import CLEAN, PUBLISHED, Record
 from inlay.tasks.extract import clean_response, normalise, published_response, statements
 
 CHOICES = tuple(f"answer{i}" for i in range(1, 6))
@@ -125,9 +127,18 @@ def test_free_text() -> None:
         PUBLISHED.extract("Paris", "text")
 
 
-def test_published_response_is_what_stands_between_the_first_two_marks() -> None:
-    assert published_response("p ### Response: a ### Response: b") == "a"
-    assert published_response(" a ") == "a"
+def test_published_response_is_the_one_that_the_authors_scripts_read() -> None:
+    """`evaluate.py` and `commonsense_evaluate.py` take piece 1 of prompt + generation, split at the marker."""
+    pieces = ("7", " B", "### Response:", "\n", "### Instruction:", "the answer is 3", "</s>", " ")
+    prompt = PUBLISHED.eval.prompt(Record(instruction="q", input="", output="", answer=""))
+    random = Random(0)
+    texts = ["".join(random.choices(pieces, k=random.randint(0, 6))) for _ in range(500)]
+    texts = [t for t in texts if not t.lstrip().startswith("### Instruction:")]  # would be read as a prompt
+    assert sum("### Response:" in t for t in texts) > 100
+    for generated in texts:
+        authors = (prompt + generated).split("### Response:")[1].strip()
+        assert published_response(generated) == authors, generated
+        assert published_response(prompt + generated) == authors, generated
 
 
 def test_clean_response_drops_prompt_marks_and_invented_turns() -> None:

@@ -1,7 +1,7 @@
 """The published prompts, byte by byte, and the promises of the clean one."""
 
 from inlay.tasks.task import Record
-from inlay.tasks.templates import CLEAN, PUBLISHED_DEMO, PUBLISHED_EVAL, PUBLISHED_TRAIN
+from inlay.tasks.templates import ALPACA, PUBLISHED_DEMO, PUBLISHED_EVAL, PUBLISHED_TRAIN
 
 BARE = Record("Q1\nQ2", "", "A", "A")
 PAIRED = Record("Q", "I", "A", "A")
@@ -42,12 +42,12 @@ def test_the_three_published_prompts_differ() -> None:
 
 
 def test_clean_keeps_lines_and_leaves_no_blank_before_the_answer() -> None:
-    assert CLEAN.prompt(BARE) == "### Instruction:\nQ1\nQ2\n\n### Response:\n"
-    assert CLEAN.prompt(PAIRED) == "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\n"
-    assert not any(line != line.rstrip(" ") for line in CLEAN.prompt(PAIRED).split("\n"))
+    assert ALPACA.prompt(BARE) == "### Instruction:\nQ1\nQ2\n\n### Response:\n"
+    assert ALPACA.prompt(PAIRED) == "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\n"
+    assert not any(line != line.rstrip(" ") for line in ALPACA.prompt(PAIRED).split("\n"))
 
 
 def test_braces_in_a_record_are_text() -> None:
     odd = Record("{instruction} {x} {input}", "{input} {", "{A}")
-    prompt, answer = CLEAN.render(odd)
+    prompt, answer = ALPACA.render(odd)
     assert "\n{instruction} {x} {input}\n" in prompt and "\n{input} {\n" in prompt and answer == "{A}"

@@ -1,10 +1,11 @@
-"""A training process for the kill tests: checkpoints after every step, as fast as it can, or with a slow disk."""
+"""A training process for the kill tests: checkpoints after every step, fast or with a slow disk, or none at all."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,4 +26,7 @@ if __name__ == "__main__":
             fsync(handle)
 
         os.fsync = slowly
-    fit(wearing(**KILLED), "a", rows(30), rows(4, 1), killed_settings(run), run, None, resume=True)
+    s = killed_settings(run)
+    if "never" in sys.argv:
+        s = replace(s, run=replace(s.run, save_every=0))
+    fit(wearing(**KILLED), "a", rows(30), rows(4, 1), s, run, None, resume=True)

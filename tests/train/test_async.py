@@ -53,7 +53,7 @@ def test_a_checkpoint_is_that_of_its_step(tmp_path, monkeypatch, method, own):
     for step in (2, 4):
         a, b = (checkpoint.read(tmp_path / r / f"checkpoint-{step}") for r in ("at once", "later"))
         assert same(a.adapter, b.adapter) and equal(a.state, b.state)
-        assert {**a.about, "seconds": 0} == {**b.about, "seconds": 0}
+        assert a.about | {"seconds": 0, "digest": ""} == b.about | {"seconds": 0, "digest": ""}
 
 
 def test_errors_surface_in_the_run(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import inlay
+from inlay.core import processor
 from inlay.core.errors import InlayError
 from inlay.train import fit
 from inlay.train.loop import Diverged
@@ -173,20 +174,37 @@ def test_seed_decides_everything(tmp_path):
     assert same(made["x"], made["y"]) and not same(made["x"], made["z"])
 
 
+class Spoiler:
+    """Makes the adapter ten times as large before every step from the eighth on: worse on any processor."""
+
+    def begin(self, loop, run_dir):
+        pass
+
+    def before_step(self, loop):
+        if loop.step >= 7:
+            for p in loop.host.parameters():
+                p.data.mul_(10)
+
+    def after_step(self, loop):
+        return {}
+
+
 def test_best_or_last(tmp_path):
-    """A learning rate that makes things worse halfway: `best` must not be the end."""
+    """A run that gets worse halfway: `best` must not be the end."""
     data, val = rows(8), rows(6, seed=9)
     best, last = wearing(), wearing()
-    changes = {"eval_every": 1, "steps": 12, "lr": 0.3, "keep_last": 1, "save_every": 3, "warmup": 4}
-    r = fit(best, "a", data, val, settings(tmp_path / "best", **changes), tmp_path / "best", None)
+    changes = {"eval_every": 1, "steps": 12, "lr": 1e-2, "keep_last": 1, "save_every": 3, "warmup": 4}
+    s = settings(tmp_path / "best", **changes)
+    r = fit(best, "a", data, val, s, tmp_path / "best", None, observers=[Spoiler()])
     vals = [m["val_loss"] for m in lines(tmp_path / "best")]
-    assert r.final == "best" and r.val_loss == min(vals) and r.best_step == vals.index(min(vals)) + 1 < 12
+    assert r.final == "best" and r.val_loss == min(vals) and r.best_step == vals.index(min(vals)) + 1 <= 7
     kept = {p.name for p in (tmp_path / "best").glob("checkpoint-*")}
     assert kept == {"checkpoint-12", f"checkpoint-{r.best_step}"}
     fresh = inlay.attach(base())
     inlay.load(fresh, r.adapter)
     assert same(copy(best), copy(fresh))
-    r = fit(last, "a", data, val, settings(tmp_path / "last", final="last", **changes), tmp_path / "last", None)
+    s = settings(tmp_path / "last", final="last", **changes)
+    r = fit(last, "a", data, val, s, tmp_path / "last", None, observers=[Spoiler()])
     assert r.final == "last" and not same(copy(best), copy(last))
     assert json.loads((r.adapter / "adapter.json").read_text())["about"]["training"]["weights"] == "last"
 
@@ -339,6 +357,7 @@ def test_run_folder(tmp_path):
     assert read_recipe(tmp_path / "settings.yaml", TrainSettings) == s
     environment = json.loads((tmp_path / "environment.json").read_text())["sessions"][0]
     assert environment["packages"]["torch"] == version("torch") and environment["threads"] == torch.get_num_threads()
+    assert environment["cpu_products"] == processor.product_library() and environment["processor"]
     data = json.loads((tmp_path / "data.json").read_text())
     assert data["task"] == "counting" and data["train"]["examples"] == 8 and data["validation"]["examples"] == 3
     assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 
+from inlay.core import files, processor
 from inlay.core.errors import InlayError
 from inlay.train import checkpoint, fit
+from inlay.train.record import threads_of
 from tests.train.tiny import copy, rows, same, settings, wearing
 
 KILLED = {"method": "lora", "dropout": 0.1}
@@ -193,15 +195,66 @@ def test_other_things_are_refused(tmp_path):
         fit(wearing(at="q,v"), "a", data, [], s, tmp_path, None, resume=True)
 
 
-@pytest.mark.parametrize("file", ["state.pt", "adapter.safetensors", "checkpoint.json"])
-def test_damaged_checkpoint(tmp_path, file):
-    s, data = settings(tmp_path), rows(8)
-    fit(wearing(), "a", data, [], s, tmp_path, None)
-    path = tmp_path / "checkpoint-6" / file
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 7 // 10] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+@pytest.mark.parametrize("file", ["state.pt", "adapter.safetensors", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, damage, capsys):
+    """No changed bit is believed: the run goes on from the checkpoint before, to the same adapter."""
+    s, data, whole, host = settings(tmp_path), rows(8), wearing(), wearing()
+    fit(whole, "a", data, [], s, tmp_path, None)
+    damage(tmp_path / "checkpoint-6" / file)
     with pytest.raises(InlayError, match=r"checkpoint-6 is damaged .*there is: checkpoint-2, checkpoint-4"):
-        fit(wearing(), "a", data, [], s, tmp_path, None, resume=True)
-    fit(wearing(), "a", data, [], s, tmp_path, None, resume=tmp_path / "checkpoint-4")
+        fit(host, "a", data, [], s, tmp_path, None, resume=tmp_path / "checkpoint-6")
+    fit(host, "a", data, [], s, tmp_path, None, resume=True)
+    assert "passed over" in capsys.readouterr().err
+    assert same(copy(whole), copy(host)) and checkpoint.read(tmp_path / "checkpoint-6").about["step"] == 6
+
+
+def test_a_checkpoint_of_another_step_is_not_believed(tmp_path):
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None)
+    about = tmp_path / "checkpoint-6" / "checkpoint.json"
+    about.write_text(about.read_text().replace('"step": 6', '"step": 5'))
+    with pytest.raises(InlayError, match=r"checkpoint.json was changed"):
+        checkpoint.read(tmp_path / "checkpoint-6")
+    assert checkpoint.latest(tmp_path).about["step"] == 4
+    for step in (2, 4):
+        truncate(tmp_path / f"checkpoint-{step}" / "state.pt")
+    with pytest.raises(InlayError, match="checkpoint-6 is damaged"):
+        checkpoint.latest(tmp_path)
+
+
+def test_sigterm_saves_and_says_where_to_go_on(tmp_path):
+    """A real process, a real signal: the step is finished and saved, and the resumed run ends in the same adapter."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    command = [sys.executable, str(Path(__file__).with_name("kill_me.py")), str(run), "never"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not ((run / "metrics.jsonl").exists() and len(trace(run)) > 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    (at,) = checkpoint.steps(run)
+    assert process.returncode != 0 and len(trace(run)) == at < 80
+    assert f"stopped by SIGTERM after step {at}" in (run / "log.txt").read_text() and "--resume" in printed
+    whole, resumed = wearing(**KILLED), wearing(**KILLED)
+    for host, folder in ((whole, straight), (resumed, run)):
+        s = replace(killed_settings(folder), run=replace(killed_settings(folder).run, save_every=0))
+        fit(host, "a", rows(30), rows(4, 1), s, folder, None, resume=True)
+    assert same(copy(whole), copy(resumed)) and trace(run) == trace(straight)
+
+
+def test_what_sigterm_did_before_it_does_again_after_training(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_no_pickled_code_is_run(tmp_path):
@@ -211,9 +264,14 @@ def test_no_pickled_code_is_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    torch.save({"names": Evil()}, tmp_path / "checkpoint-6" / "state.pt")
+    path = tmp_path / "checkpoint-6"
+    torch.save({"names": Evil()}, path / "state.pt")
+    about = json.loads((path / "checkpoint.json").read_text())  # whoever plants code can mend digests, too
+    about["sha256"]["state.pt"] = files.sha256(path / "state.pt")
+    about["digest"] = checkpoint._digest(about)
+    (path / "checkpoint.json").write_text(json.dumps(about))
     with pytest.raises(InlayError, match="damaged"):
-        fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=True)
+        fit(wearing(), "a", rows(8), [], settings(tmp_path), tmp_path, None, resume=path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -376,3 +434,17 @@ def test_random_states_round_trip():
     first = draws()
     checkpoint.set_random_states(states)
     assert draws() == first
+
+
+def test_another_library_for_products_is_reported(tmp_path, monkeypatch, capsys):
+    """A run goes on, and says that its bits may differ from here on."""
+    s, data = settings(tmp_path, keep_last=9), rows(8)
+    libraries = ["mkl", "onednn"] if processor.has_onednn() else ["mkl", "mkl"]
+    for library, resume in zip(libraries, (False, tmp_path / "checkpoint-4"), strict=True):
+        monkeypatch.setattr(processor, "product_library", lambda library=library: library)
+        fit(wearing(), "a", data, [], s, tmp_path, None, resume=resume)
+    sessions = json.loads((tmp_path / "environment.json").read_text())["sessions"]
+    assert [session["cpu_products"] for session in sessions] == libraries
+    reported = capsys.readouterr().err.replace("\n", " ")
+    assert ("cpu_products: 'mkl' before, 'onednn' now" in reported) == (len(set(libraries)) == 2)
+    assert threads_of(tmp_path) == torch.get_num_threads() and threads_of(tmp_path / "nothing") is None

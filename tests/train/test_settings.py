@@ -137,6 +137,29 @@ def test_recipe_is_whole(path):
     assert s.out == Path("runs") / path.stem
 
 
+PUBLISHED_FLAGS = {  # LLM-Adapters' math_running_commands: (--load_8bit, --save_step and --eval_step)
+    "llama-7b-lora-math": (False, 80),
+    "llama-7b-prefix-math": (False, 10),
+    "llama-7b-series-math": (True, 80),
+    "llama-7b-parallel-math": (False, 80),
+    "bloomz-7b1-lora-math": (True, 80),
+    "bloomz-7b1-series-math": (False, 80),
+    "bloomz-7b1-parallel-math": (True, 80),
+    "gpt-j-6b-lora-math": (False, 80),
+    "gpt-j-6b-series-math": (False, 80),
+    "gpt-j-6b-parallel-math": (True, 80),
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_says_what_the_published_flags_say(path):
+    in_8_bit, every = PUBLISHED_FLAGS[path.stem]
+    s = read_recipe(path, TrainSettings)
+    assert ("8-bit" in path.read_text()) == in_8_bit
+    assert s.run.save_every == every
+    assert s.run.eval_every == (every if s.data.val_size else 0)
+
+
 TRAINED = {  # LLM-Adapters' counts; PEFT-fork measured on the same shapes
     "llama-7b-lora-math": 56_098_816,
     "llama-7b-series-math": 67_108_864,

@@ -90,7 +90,7 @@ def test_from_recipe_to_adapter(tmp_path, folder, data):
     assert result.steps == 6 and result.final == "best" and result.adapter == tmp_path / "run" / "adapter"
     about = json.loads((tmp_path / "run" / "data.json").read_text())
     assert about["files"] == [{"path": str(data), "sha256": sha256(data), "bytes": data.stat().st_size}]
-    assert (about["protocol"], about["loss_on"], about["template"]["name"]) == ("clean", "answer", "clean")
+    assert (about["protocol"], about["loss_on"], about["template"]["name"]) == ("clean", "answer", "alpaca")
     assert (
         about["train"]["examples"] == 16 and about["validation"]["examples"] == 4 and about["train"]["truncated"] == 0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     from inlay.cli.parse import read
     from inlay.core.errors import unknown
+    from inlay.threads import ThreadSettings, set_threads
 
     name, args = named(argv)
     group = name.partition(" ")[0]
@@ -45,19 +47,24 @@ def _run(argv: list[str]) -> int:
     if name not in known:
         raise unknown("verb", name, known, f"`inlay {f'{group} ' if group in GROUPS else ''}--help` says what they do.")
     found = verb(name)
-    return found.run(read(found, args)) or 0
+    settings = read(found, args)
+    if isinstance(settings, ThreadSettings):
+        set_threads(settings.threads)
+    return found.run(settings) or 0
 
 
 def _complain(e: BaseException) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from inlay.core.errors import InlayError
+    from inlay.core.errors import InlayError, Terminated
 
     out = Console(stderr=True, soft_wrap=True)
     if isinstance(e, KeyboardInterrupt):
         out.print("[yellow]stopped[/]")
         return 130
+    if isinstance(e, Terminated):
+        return 128 + signal.SIGTERM
     if isinstance(e, BrokenPipeError):
         return 0
     if isinstance(e, InlayError):

@@ -10,6 +10,9 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.tasks import template_choice
+from inlay.tasks.template_choice import TemplateSettings
+from inlay.threads import ThreadSettings
 
 if TYPE_CHECKING:
     from inlay.core.host import Host
@@ -24,7 +27,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings:
+class ChatSettings(TemplateSettings, ThreadSettings):
     """Whom to talk to, and how."""
 
     model: tyro.conf.Positional[str]
@@ -37,8 +40,6 @@ class ChatSettings:
     """Answer this and leave."""
     side_by_side: bool = False
     """With --prompt: every adapter and the bare base answer, in one batch."""
-    template: Literal["clean", "published", "plain"] = "clean"
-    """How what is typed becomes a prompt: as in training under that protocol, or as it is. Each turn stands alone."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 0.0
@@ -61,6 +62,7 @@ def run(s: ChatSettings) -> None:
 
     if s.side_by_side and s.prompt is None:
         raise InlayError("--side-by-side goes with --prompt; in a conversation, use /all")
+    template_choice.check(s.template)
     base, tokenizer = load_base(s.model, s.dtype, s.device)
     chat = Chat(attach(base), tokenizer, s)
     for folder in s.adapters:
@@ -80,7 +82,11 @@ class Chat:
     def __init__(self, host: Host, tokenizer: Any, settings: ChatSettings):
         from rich.console import Console
 
+        from inlay.evaluate.prompting import Prompting
+        from inlay.train.bar import note
+
         self.host, self.tokenizer, self.s = host, tokenizer, settings
+        self.prompting = Prompting(host, tokenizer, settings.template, note)
         self.who: str | None = None
         self.out = Console(highlight=False, soft_wrap=True)
 
@@ -108,13 +114,18 @@ class Chat:
         self.host.use(plan)
         self.who = plan
 
-    def prompt(self, text: str) -> str:
-        """What is typed, as the prompt of the chosen template."""
-        if self.s.template == "plain":
-            return text
-        from inlay.tasks import Record, protocols
+    def prompt(self, text: str, who: str | None) -> list[int]:
+        """Ids of what is typed in the template of whoever answers. Each turn stands alone."""
+        template = self.prompting.of(_worn(who), who)
+        return template.conversation_ids([{"role": "user", "content": text}], self.tokenizer)
 
-        return protocols.get(self.s.template).eval.prompt(Record(instruction=text, input="", output="", answer=""))
+    def ends(self, who: str | None) -> list[int]:
+        """Ids that end an answer: the base's, the tokenizer's, and the end of a turn in the template."""
+        from inlay.evaluate.rows import end_ids
+
+        ids = end_ids(self.host, self.tokenizer)
+        turn = self.prompting.of(_worn(who), who).end_of_turn(self.tokenizer)
+        return [*ids, turn[1]] if turn is not None and turn[1] not in ids else ids
 
     def answer(self, text: str) -> None:
         """Stream one answer."""
@@ -122,7 +133,6 @@ class Chat:
         from transformers import TextStreamer
 
         from inlay.evaluate.batches import pad_id
-        from inlay.evaluate.rows import end_ids
 
         console = self.out
 
@@ -130,7 +140,7 @@ class Chat:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 console.print(text, end="\n" if stream_end else "", markup=False)
 
-        given = self.tokenizer(self.prompt(text), return_tensors="pt").to(self.host.device)
+        ids = torch.tensor([self.prompt(text, self.who)], device=self.host.device)
         if self.s.temperature:
             torch.manual_seed(self.s.seed)
             how: dict[str, Any] = {"do_sample": True, "temperature": self.s.temperature}
@@ -138,11 +148,11 @@ class Chat:
             how = {"do_sample": False}
         with self.host.using(self.who), torch.inference_mode():
             self.host.model.generate(  # type: ignore[operator]
-                input_ids=given["input_ids"],
-                attention_mask=given["attention_mask"],
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.s.max_new_tokens,
                 pad_token_id=pad_id(self.tokenizer),
-                eos_token_id=end_ids(self.host, self.tokenizer) or None,
+                eos_token_id=self.ends(self.who) or None,
                 streamer=Stream(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **how,
             )
@@ -153,11 +163,14 @@ class Chat:
         from rich.table import Table
 
         from inlay.evaluate import GenerateSettings, generate
+        from inlay.evaluate.rows import end_ids
 
         plan: list[str | None] = [None, *self.host.edits]
         most, heat = self.s.max_new_tokens, self.s.temperature
-        settings = GenerateSettings(max_new_tokens=most, temperature=heat, seed=self.s.seed)
-        said = generate(self.host, self.tokenizer, [self.prompt(text)] * len(plan), plan, settings)
+        templates = [self.prompting.of(_worn(name)) for name in plan]
+        stop = self.prompting.stops(templates, end_ids(self.host, self.tokenizer))
+        settings = GenerateSettings(max_new_tokens=most, temperature=heat, seed=self.s.seed, stop=stop)
+        said = generate(self.host, self.tokenizer, [self.prompt(text, name) for name in plan], plan, settings)
         table = Table(show_header=False, box=None, padding=(0, 2))
         for name, one in zip(plan, said, strict=True):
             table.add_row(f"[bold cyan]{name or BARE}[/]", escape(one.text.strip()))
@@ -165,7 +178,9 @@ class Chat:
 
     def loop(self) -> None:
         """Read, answer, until the end of input."""
-        self.out.print(f"[dim]{len(self.host.edits)} adapters on {self.s.model}; /help lists commands[/]")
+        asked = template_choice.shown(self.prompting.of(_worn(self.who), self.who))
+        about = f"{len(self.host.edits)} adapters on {self.s.model}, asked by {asked}"
+        self.out.print(f"{about}; /help lists commands", style="dim", markup=False)
         while True:
             try:
                 line = self.out.input(f"[bold green]{self.who or BARE}>[/] ").strip()
@@ -204,6 +219,10 @@ class Chat:
         else:
             known = command in ("/use", "/all", "/load")
             raise InlayError(f"{command} {'needs more' if known else 'is no command'}; /help lists them")
+
+
+def _worn(who: str | None) -> tuple[str, ...]:
+    return tuple(who.split("+")) if who else ()
 
 
 VERB = Verb(

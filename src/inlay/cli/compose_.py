@@ -9,10 +9,11 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComposeSettings:
+class ComposeSettings(ThreadSettings):
     """What is composed, and where it goes."""
 
     text: tyro.conf.Positional[str]

@@ -10,10 +10,11 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
+class ConvertSettings(ThreadSettings):
     """From which folder to which."""
 
     source: tyro.conf.Positional[Path]
@@ -39,6 +40,7 @@ def run(s: ConvertSettings) -> None:
 
     quiet()
     from inlay.api import attach, save
+    from inlay.core.files import new_folder
     from inlay.interop import formats
     from inlay.models.base import load_base
 
@@ -55,11 +57,15 @@ def run(s: ConvertSettings) -> None:
 
         read, name = name, f"{name}-road2"
         to_road2(host, read, name)
+        if read in host.templates:
+            host.templates[name] = host.templates[read]
     out = Console(highlight=False)
-    if s.to == "inlay":
-        save(host, name, s.target, about={"converted_from": kind})
-    else:
-        written = formats.write(host, name, s.target, s.to, s.rank)
+    with new_folder(s.target) as folder:
+        if s.to == "inlay":
+            save(host, name, folder, about={"converted_from": kind})
+        else:
+            written = formats.write(host, name, folder, s.to, s.rank)
+    if s.to != "inlay":
         for note in written.notes:
             out.print(f"[yellow]note:[/] {escape(note)}")
         if s.to == "vllm":

@@ -51,7 +51,7 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 def _own(folder: Path) -> dict[str, Any]:
-    from inlay.core.store import read
+    from inlay.core.store import read, template_of
 
     record, tensors = read(folder)  # checks both digests
     return {
@@ -65,6 +65,7 @@ def _own(folder: Path) -> dict[str, Any]:
         "places": record["places"],
         "tensors": {k: list(v.shape) for k, v in tensors.items()},
         "integrity": "digests match",
+        "template": template_of(record),
         "about": record["about"],
         "versions": record["versions"],
     }
@@ -104,12 +105,16 @@ def show_adapter(found: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from inlay.tasks.template_choice import shown_json
+
     out = Console(highlight=False)
     base = found["base"]
     out.print(f"[bold]{escape(found['name'])}[/]: {escape(str(found['method']))}, format {found['format']}")
     out.print(f"[dim]{escape(', '.join(f'{k}={v}' for k, v in found['settings'].items()))}[/]")
     out.print(f"base {escape(str(base['name'] or 'not named'))} ({base['family'] or 'family not named'})")
     out.print(f"{found['parameters']:,} parameters, {size(found['bytes'])}; {found['integrity']}\n")
+    if (template := found.get("template")) is not None:
+        out.print(f"trained with {escape(shown_json(template))}")
     table = Table(box=None, padding=(0, 2))
     for title in ("tensor", "shape", "how many"):
         table.add_column(title)
@@ -133,22 +138,35 @@ def grouped(tensors: dict[str, list[int]]) -> dict[tuple[str, str], int]:
 # ---- models ----------------------------------------------------------------------------------------------------------
 def model(name: str) -> dict[str, Any]:
     """A model's anatomy as plain data; no weights are read."""
+    from inlay.core.experts import expert_layout
     from inlay.core.place import widths
     from inlay.models.anatomy import anatomy
     from inlay.plan.skeleton import parameters, skeleton
 
     base = skeleton(name)
     parts = anatomy(base)
-    hidden = base.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    hidden = parts.hidden or 0
     roles: dict[str, dict[str, Any]] = {}
     for spot in parts.spots:
         if spot.role in roles:
             roles[spot.role]["places"] += 1
             continue
-        d_in, d_out = widths(base.get_submodule(spot.path), hidden)
-        d_out = spot.part.width(d_out) if spot.part else d_out
-        fused = spot.part is not None
-        roles[spot.role] = {"places": 1, "in": d_in, "out": d_out, "example": spot.path, "part_of_fused": fused}
+        module = base.get_submodule(spot.path)
+        experts = 0
+        if spot.parameter:
+            layout = expert_layout(module, spot.parameter)
+            d_in, d_out, experts = layout.d_in, layout.d_out, layout.experts
+        else:
+            d_in, d_out = widths(module, hidden)
+            d_out = spot.part.width(d_out) if spot.part else d_out
+        roles[spot.role] = {
+            "places": 1,
+            "in": d_in,
+            "out": d_out,
+            "example": spot.full_path,
+            "part_of_fused": spot.part is not None,
+            "experts": experts,
+        }
     return {
         "model": name,
         "family": parts.family,
@@ -174,7 +192,8 @@ def show_model(found: dict[str, Any]) -> None:
     for title, side in (("role", "left"), ("places", "right"), ("in", "right"), ("out", "right"), ("first", "left")):
         table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
     for role, at in found["roles"].items():
-        where = escape(at["example"]) + ("[dim], a part of it[/]" if at["part_of_fused"] else "")
+        more = ", a part of it" if at["part_of_fused"] else f", {at['experts']} experts" if at["experts"] else ""
+        where = escape(at["example"]) + f"[dim]{more}[/]"
         table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", where)
     out.print(table)
     last = found["layers"] - 1

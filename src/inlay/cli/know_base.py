@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from inlay.cli.verbs import Verb
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseSettings:
+class BaseSettings(ThreadSettings):
     """Which base."""
 
     family: Literal["llama", "gptj", "bloom"] = "llama"

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.cli.verbs import Verb
+from inlay.threads import ThreadSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterSettings:
+class FilterSettings(ThreadSettings):
     """What is kept, of what."""
 
     items: Path

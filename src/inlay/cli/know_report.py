@@ -8,10 +8,11 @@ from pathlib import Path
 import tyro
 
 from inlay.cli.verbs import Verb
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSettings:
+class ReportSettings(ThreadSettings):
     """What is reported."""
 
     sources: tyro.conf.Positional[tuple[Path, ...]]

@@ -11,10 +11,11 @@ import tyro
 
 from inlay.cli.verbs import Verb
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSettings:
+class MergeSettings(ThreadSettings):
     """What is merged, and where it goes."""
 
     adapter: tyro.conf.Positional[Path]
@@ -38,12 +39,12 @@ def run(s: MergeSettings) -> None:
     from inlay.api import attach, merge
     from inlay.core.files import new_folder
     from inlay.interop import formats
-    from inlay.models.base import load_base
+    from inlay.models.base import load_base, save_tokenizer
 
     if s.out.exists():
         raise InlayError(f"{s.out} exists; name a new folder")
     base = s.model or base_of(s.adapter)
-    model, tokenizer = load_base(base, s.dtype)
+    model, _ = load_base(base, s.dtype)
     host = attach(model)
     name = formats.read(host, s.adapter)
     kind = host.edits[name].kind
@@ -51,7 +52,7 @@ def run(s: MergeSettings) -> None:
     model = host.detach()
     with new_folder(s.out) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(base, folder)
     out = Console(highlight=False)
     into = f"{len(report.modules)} layers of {escape(base)}"
     out.print(f"{kind} merged into {into}: {escape(str(s.out))}", soft_wrap=True)

@@ -19,8 +19,10 @@ import yaml
 
 from inlay.cli.verbs import Verb, field_docs
 from inlay.core.errors import InlayError
+from inlay.threads import ThreadSettings
 
 MISSING = dataclasses.MISSING
+COMMON = {f.name for f in dataclasses.fields(ThreadSettings)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +139,15 @@ def flag_class(verb: Verb, method: Any, recipe: Mapping[str, Any]) -> tuple[type
         section, own = _method_class(method, taken, title)
         leaves += own
         made.append((title, section, dataclasses.field(default_factory=section)))
-    made.sort(key=lambda item: item[2].default is not MISSING or item[2].default_factory is not MISSING)
+    made.sort(key=_rank)
     return dataclasses.make_dataclass(verb.name, made), leaves
+
+
+def _rank(item: tuple[str, Any, Any]) -> int:
+    """Where a flag stands: what must be given first, what all commands have in common last."""
+    if item[2].default is item[2].default_factory is MISSING:
+        return 0
+    return 2 if item[0] in COMMON else 1
 
 
 def _default(field: dataclasses.Field) -> Any:

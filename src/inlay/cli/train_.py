@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from inlay.cli.verbs import Verb
 from inlay.knowledge.settings import KnowSettings, KnowTrainSettings
+from inlay.threads import ThreadSettings
 from inlay.train.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFlags(KnowTrainSettings):
+class TrainFlags(KnowTrainSettings, ThreadSettings):
     """A training run, and what to do with one that is already there."""
 
     resume: bool = False

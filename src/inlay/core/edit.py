@@ -179,8 +179,23 @@ class Edit:
         """Whether this step of so many tokens passes unchanged, whatever the tensors hold; asked if `positional`."""
         return False
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether `penalty` may add a term to the loss."""
+        return type(self).penalty is not Edit.penalty
+
+    @property
+    def has_after_step(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not Edit.after_step
+
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
         """A term that the training loop adds to the loss, from the tensors of all places (place key -> tensors)."""
+        return None
+
+    def shared_by_experts(self, place: Place) -> tuple[str, ...] | None:
+        """Names of the tensors that all experts of an expert parameter share; each expert has its own of the others.
+        None: the method cannot hang there. What can has no `before`, and is linear in x."""
         return None
 
     def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.edit import Edit, Weights
+from inlay.core.experts import fold_weights
 from inlay.core.place import Place
 
 SHARED = ""
@@ -92,7 +93,7 @@ def fold(edit: Edit, places: Sequence[Place], tensors: Mapping[str, Weights], dt
     # In the vector's type before anything is computed: on a float64 base, cosines of float32 angles are float64 too.
     wide = {id(t): t.to(dtype) if t.is_floating_point() else t for w in tensors.values() for t in w.values()}
     tensors = {key: {k: wide[id(t)] for k, t in w.items()} for key, w in tensors.items()}
-    made = [(p, *edit.folded(tensors[p.key], p)) for p in places]
+    made = [(p, *fold_weights(edit, tensors[p.key], p)) for p in places]
     first = made[0][2]
     shared = {k: t for k, t in first.items() if len(made) > 1 and all(w.get(k) is t for _, _, w in made)}
     constants = {k: _constant(t) for k, t in shared.items() if k.startswith("_")}
@@ -129,7 +130,7 @@ def _cut(made: Sequence[tuple[Place, Edit, Weights]], shared: Weights, constants
     once = shared.keys() | constants.keys()
     own = [(p.key, tuple((k, t.shape) for k, t in w.items() if k not in once)) for p, _, w in made]
     alike = (
-        tuple((p.key, p.wiring, e, e.stacks(p)) for p, e, _ in made),
+        tuple((p.key, p.wiring, e, _stacks(e, p)) for p, e, _ in made),
         ((SHARED, tuple((k, t.shape) for k, t in shared.items())), *own),
         tuple(constants.items()),
     )
@@ -142,11 +143,16 @@ def _cut(made: Sequence[tuple[Place, Edit, Weights]], shared: Weights, constants
         for k, shape in shapes:
             pieces[key][k] = sum(lengths), tuple(shape)
             lengths.append(shape.numel())
-    stacks = not shared and all(e.stacks(p) for p, e, _ in made)
+    stacks = not shared and all(_stacks(e, p) for p, e, _ in made)
     edits, wirings = {p.key: e for p, e, _ in made}, {p.key: p.wiring for p, _, _ in made}
     kept = {k: c.tensor for k, c in constants.items()}
     cut = _CUTS[alike] = Cut(edits, wirings, pieces, sum(lengths), alike, stacks, tuple(lengths), kept)
     return cut
+
+
+def _stacks(edit: Edit, place: Place) -> bool:
+    """Whether a formula takes a stack here; at experts, tensors are stacks already."""
+    return not place.experts and edit.stacks(place)
 
 
 def _shaped(piece: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class Forward:
         """Whether forwards are such a comparison's."""
         self._depth = 0
         self._wide = 0
+        self._checked: tuple | None = None
+        """The plan whose places were last looked at."""
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict):
         if self.decoder_only and model is self.host.model:
@@ -118,12 +121,25 @@ class Forward:
         if out is None:  # it failed on its way: nothing of it may reach the next one
             for site in self.host.sites.values():
                 site.recover()
+        elif self._checked is not self.host.plan and not self.decoder_only and not torch.compiler.is_compiling():
+            self._checked = self.host.plan
+            self._warn_of_uncalled()
         if not wide or out is None:
             return None
         if hasattr(cache := kv_cache.returned(out), "__dict__"):
             cache._inlay_wide = wide
         ids = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         return room.strip(out, ids.shape[1] - wide, wide)
+
+    def _warn_of_uncalled(self) -> None:
+        """Say which places of the adapters in use this forward did not call: adapters do nothing there."""
+        worn = {n for names in self.host.plan for n in names}
+        sites = [s for s in self.host.sites.values() if not s.spot.tower and not worn.isdisjoint(s.places)]
+        if quiet := [s for s in sites if not s.called]:
+            some = ", ".join(s.spot.key for s in quiet[:6]) + (" ..." if len(quiet) > 6 else "")
+            names = " and ".join(sorted({repr(n) for s in quiet for n in worn if n in s.places}))
+            what = f"{len(quiet)} of {len(sites)} places are in layers that this forward did not call: {some}"
+            warnings.warn(f"{names} did nothing at some places; {what}", stacklevel=2)
 
 
 def _same_room(caches: list[kv_cache.Argument], wide: int) -> None:

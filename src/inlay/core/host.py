@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import replay
+from inlay.core.config import text_config, tied
 from inlay.core.edit import Edit, Weights
 from inlay.core.errors import InlayError, unknown
+from inlay.core.expert_site import ExpertSite
+from inlay.core.experts import start_weights
 from inlay.core.fold import Stacks
 from inlay.core.forward import Forward
 from inlay.core.layout import Layout, lay_out
 from inlay.core.place import Anatomy, Place, Spot, locate
 from inlay.core.ready import Folds, Ready
 from inlay.core.route import STRATEGIES, Route, Worn, read_plan, spread
-from inlay.core.shelf import Shelf, same_shapes
+from inlay.core.shelf import Shelf, only_finite, same_shapes
 from inlay.core.site import Site, Wear, WornHere
 
 STACK_BYTES = 1 << 30
@@ -50,12 +53,10 @@ class Host:
             raise InlayError("this model already has a host; use inlay.host_of(model), or detach it first")
         self.model = model
         self.anatomy, self.strategy, self.fast = anatomy, strategy, fast
-        config = (
-            self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
-        )
-        self.hidden: int = config.hidden_size
-        self.tied = bool(getattr(config, "tie_word_embeddings", False))
+        self.hidden: int = anatomy.hidden or text_config(model.config).hidden_size
+        self.tied = tied(model)
         self.edits: dict[str, Edit] = {}
+        self.templates: dict[str, Mapping[str, Any]] = {}  # adapter -> its prompt template, where its file records one
         self.sites: dict[str, Site] = {}
         self.common: dict[str, Wear] = {}
         self.shelf = Shelf(self)
@@ -153,6 +154,7 @@ class Host:
 
     def _leave(self, name: str) -> None:
         del self.edits[name], self.order[name]
+        self.templates.pop(name, None)
         self._ready = None
 
     def _spots(self, edit: Edit, at: str | Iterable[str] | None) -> dict[str, tuple[Spot, str]]:
@@ -173,7 +175,7 @@ class Host:
         fresh = {key: spot for key, (spot, _) in spots.items() if key not in self.sites}
         layers = dict(self.model.named_modules(remove_duplicate=False)) if fresh else {}
         for key, spot in fresh.items():
-            self.sites[key] = Site(self, spot, layers[spot.path])
+            self.sites[key] = (ExpertSite if spot.parameter else Site)(self, spot, layers[spot.path])
         return [self.sites[key].wired(wiring) for key, (_, wiring) in spots.items()]
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -189,7 +191,7 @@ class Host:
                 torch.manual_seed(seed)
             with torch.no_grad():
                 common = edit.shared(places)
-                made = {p.key: edit.weights(p) for p in places}
+                made = {p.key: start_weights(edit, p) for p in places}
 
         def settle(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None)
@@ -385,6 +387,7 @@ class Host:
         """Set an adapter's tensors; one missing, left over or of another shape is an error and changes nothing."""
         mine = self.tensors(name)
         same_shapes(name, {k: t.shape for k, t in mine.items()}, {k: t.shape for k, t in values.items()})
+        only_finite(name, values)
         for k, p in mine.items():
             p.copy_(values[k])
         return self

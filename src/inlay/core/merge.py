@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from inlay.core.edit import Call
+from inlay.core.edit import Call, Weights
 from inlay.core.errors import InlayError
+from inlay.core.expert_site import ExpertSite
+from inlay.core.experts import by_expert, shared_names
 from inlay.core.fingerprint import readable
 from inlay.core.host import Host
+from inlay.core.shelf import only_finite
 from inlay.core.site import Site
 
 
@@ -60,6 +63,8 @@ def merged(host: Host, name: str) -> dict[str, Tensor]:
 def _merged(host: Host, name: str) -> Iterator[tuple[str, Tensor]]:
     """The same, layer by layer, unrounded."""
     host._known(name)
+    if name not in host.shelf:
+        only_finite(name, host.tensors(name))
     edit = host.edits[name]
     if edit.room:
         raise InlayError(
@@ -72,9 +77,12 @@ def _merged(host: Host, name: str) -> Iterator[tuple[str, Tensor]]:
     layers: dict[str, list[Site]] = {}
     for site in host.sites.values():
         if name in site.places:
-            layers.setdefault(site.spot.path, []).append(site)
+            layers.setdefault(site.spot.full_path, []).append(site)
     for path, sites in layers.items():
-        read = _norm if sites[0].spot.role == "norm" else _table if sites[0].spot.role == "embed" else _linear
+        if isinstance(site := sites[0], ExpertSite):
+            yield path, _experts(host, name, site)
+            continue
+        read = _norm if site.spot.role == "norm" else _table if site.spot.role == "embed" else _linear
         yield from ((f"{path}.{k}", v) for k, v in read(host, name, path, sites).items())
 
 
@@ -100,6 +108,11 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
                 f"{key!r} is quantised: load the base in bf16 or fp32 and merge there (merged() gives float weights)"
             )
         new[key] = _once(value, p.dtype)
+        if not bool(new[key].isfinite().all()):
+            raise InlayError(
+                f"{name!r} makes weights of {key!r} that are not finite in {str(p.dtype).removeprefix('torch.')}: the "
+                "adapter is damaged, or its values are beyond that type's range (merge in bf16 or fp32 then)"
+            )
         off = (new[key].to(value.dtype) - value).abs().max() / value.abs().max().clamp(min=1e-12)
         rounding = max(rounding, off.item())
     vocabulary = host.model.get_input_embeddings().weight.shape[0]
@@ -175,12 +188,46 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
             f"{name!r} hangs around {path!r}, which is no single weight; it cannot be merged, only kept as an adapter"
         )
     W, b, transposed = frozen(host, layer)
+    wide, bias = _read_off(host, name, path, W, b, lambda f: _through(host, name, sites, f))
+    return {"weight": wide.T if transposed else wide, **({"bias": bias} if b is not None else {})}
+
+
+def _experts(host: Host, name: str, site: ExpertSite) -> Tensor:
+    """All experts of one parameter (E, ...), as the module stores them; each is a linear of its own."""
+    place, layout = site.places[name], site.layout
+    shared, edit = shared_names(host.edits[name], place), host.edits[name]
+    w = {k: v.to(_exact(host)) if v.is_floating_point() else v for k, v in site.tensors(name).items()}
+    made = []
+    for e, own in enumerate(by_expert(w, shared, layout.experts)):
+        W = layout.matrices(site.stored()[e]).detach().to(_exact(host))
+
+        def edited(f: Callable[[Tensor], Tensor], own: Weights = own, e: int = e) -> Callable[[Tensor], Tensor]:
+            call = Call(replace(place.expert(e), f=f))
+            return lambda x: edit.after(own, x, f(x), call)
+
+        made.append(_read_off(host, name, site.spot.full_path, W, None, edited)[0])
+    return layout.matrices(torch.stack(made))
+
+
+def _read_off(
+    host: Host,
+    name: str,
+    path: str,
+    W: Tensor,
+    b: Tensor | None,
+    through: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """(W' (D_out, D_in), bias) of an edited linear. `through` makes the edited layer of the frozen one.
+
+    Raises:
+        InlayError: it is not linear, or has a bias that nothing can hold.
+    """
     known: list[Tensor] = []
 
     def f(x: Tensor) -> Tensor:
         return known[1] if known and x is known[0] else linear(x, W, b)
 
-    edited = _through(host, name, sites, f)
+    edited = through(f)
     d_in = W.shape[1]
     u, v = torch.randn(2, d_in, generator=torch.Generator().manual_seed(0)).to(W)
     y = edited(torch.stack([torch.zeros_like(u), u, v, 3 * u - 2 * v])[None])[0]
@@ -197,7 +244,7 @@ def _linear(host: Host, name: str, path: str, sites: list[Site]) -> dict[str, Te
         eye = torch.eye(len(part), d_in, device=W.device, dtype=W.dtype).roll(at, 1)[None]
         known[:] = eye, (part if b is None else part + b)[None]
         wide[:, at : at + AT_ONCE] = (edited(eye)[0] - bias).T
-    return {"weight": wide.T if transposed else wide, **({"bias": bias} if b is not None else {})}
+    return wide, bias
 
 
 def frozen(host: Host, layer: Any) -> tuple[Tensor, Tensor | None, bool]:

@@ -4,29 +4,34 @@ The language, used by the API, the command line and recipes alike, is a comma-se
 
     target[:wiring][@layers]
 
-- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where they are fused),
-  `linear` for all of a block's linears, or a pattern of module paths (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
+- target: a role (`q k v o gate up down attn mlp block embed head norm`, `qkv` and `gate_up` where they are fused, and
+  what else a decoder has: `router`, `shared_gate`, `q_a`, `in_proj` ...), `linear` for every linear of its blocks,
+  `experts` for the 3-D parameters of a mixture of experts (`experts.gate_up`, `experts.down` for one of them), a role
+  of another part of the model (`vision.q`, `vision.linear`, `connector`), or a pattern of module paths
+  (`model.layers.*.self_attn.q_proj`, `*.q_proj`);
 - wiring: `input` (before the layer), `output` (after it; `series` says the same) or `parallel` (from its input to its
   output), for methods with a choice;
 - layers: `3`, `0-3`, `16-`, `-7` (through 7), `first4`, `last8`, joined by `+`. They hold for their item and for the
   items before it that name none: `q,v@0-3` is q and v in layers 0 to 3.
 
-Whatever matches nothing is an error that names what exists.
+Whatever matches nothing is an error that names what exists. A role that some layers lack, and matrices that `linear`
+does not reach, are warnings.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import InlayError, unknown
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 WIRINGS = {"series": "output", "output": "output", "input": "input", "parallel": "parallel"}
 
 
@@ -67,6 +72,17 @@ class Spot:
     layer: int | None
     path: str
     part: Part | None = None
+    linear: bool = False
+    """Whether `linear` (`vision.linear` of a tower's) includes it."""
+    tower: str = ""
+    """The part of the model beside the decoder that it is in (`vision`); `layer` then counts that part's layers."""
+    parameter: str | None = None
+    """A parameter of the module at `path` that holds a linear per expert; None: the module itself is the layer."""
+
+    @property
+    def full_path(self) -> str:
+        """The module's path, or that of the parameter."""
+        return f"{self.path}.{self.parameter}" if self.parameter else self.path
 
 
 @dataclass(frozen=True)
@@ -75,12 +91,38 @@ class Anatomy:
 
     family: str
     layers: int
+    """Blocks of the decoder."""
     spots: tuple[Spot, ...]
+    unreached: tuple[str, ...] = ()
+    """Matrices of the language model that `linear` does not reach: parameters that belong to no linear (experts,
+    routers), and linears outside the blocks."""
+    hidden: int | None = None
+    """Width of the decoder's residual stream; None: as the model's configuration says."""
 
     @property
     def roles(self) -> list[str]:
         """Roles this model has, in the order of the table."""
         return list(dict.fromkeys(s.role for s in self.spots))
+
+    @property
+    def towers(self) -> list[str]:
+        """Parts beside the decoder: `vision`, `audio`, `connector` ..."""
+        return list(dict.fromkeys(s.tower for s in self.spots if s.tower))
+
+    def layers_of(self, tower: str) -> int:
+        """Blocks of one part; of the decoder if it is empty."""
+        if not tower:
+            return self.layers
+        return 1 + max((s.layer for s in self.spots if s.tower == tower and s.layer is not None), default=-1)
+
+    def left_out(self) -> str:
+        """One line of what `linear` does not reach; empty if it reaches everything."""
+        if not self.unreached:
+            return ""
+        which = collapsed(self.unreached)
+        some = ", ".join(which[:6]) + (f" and {len(which) - 6} more" if len(which) > 6 else "")
+        how = "; 'experts' reaches those of experts" if any(s.parameter for s in self.spots) else ""
+        return f"'linear' reaches every linear of the blocks, but not these matrices of {self.family}: {some}{how}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +139,15 @@ class Place:
     has_bias: bool = False
     tied: bool = False
     """An embedding or head whose weight is the other's too."""
+    experts: int = 0
+    """Number of linears that an expert parameter holds; 0: one linear."""
+    expert_f: Callable[[int, Tensor], Tensor] | None = None
+    """Expert e as a function of (e, x), without its bias."""
+
+    def expert(self, e: int) -> Place:
+        """One expert of an expert parameter, as a linear of its own."""
+        assert self.expert_f is not None, "only an expert parameter has experts"
+        return replace(self, f=functools.partial(self.expert_f, e), experts=0, expert_f=None)
 
 
 @dataclass(frozen=True)
@@ -150,13 +201,14 @@ def layer_set(text: str, layers: int) -> set[int]:
 def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[str, tuple[Spot, str]]:
     """{key: (spot, wiring)} for each place that a placement names, in the model's order. Nothing may match nothing."""
     modules = dict(model.named_modules())
-    known_paths = {s.path: s for s in anatomy.spots if s.part is None}
+    known_paths = {s.full_path: s for s in anatomy.spots if s.part is None}
+    every = [*modules, *(s.full_path for s in anatomy.spots if s.parameter)]
     found: dict[str, tuple[Spot, str]] = {}
     for target in parse(at):
         hits = _named(anatomy, target.name)
         if not hits:
             # A path is looked up, for a file may name hundreds of them.
-            paths = [target.name] if target.name in modules else modules
+            paths = [target.name] if target.name in modules or target.name in known_paths else every
             hits = [known_paths.get(p) or _unnamed(p) for p in paths if p and fnmatch.fnmatchcase(p, target.name)]
         if not hits:
             raise unknown(
@@ -166,10 +218,11 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
                 "A pattern must match a whole module path, e.g. '*.q_proj'.",
             )
         if target.among:
-            chosen = layer_set(target.among, anatomy.layers)
-            hits = [s for s in hits if s.layer in chosen or (s.layer is None and not target.layers)]
+            hits = _in_layers(anatomy, target, hits)
             if not hits:
                 raise InlayError(f"{target.text!r} selects layers of {target.name!r}, which does not stand in layers")
+        else:
+            _warn(anatomy, target.name, hits)
         for spot in hits:
             if found.setdefault(spot.key, (spot, target.wiring))[1] != target.wiring:
                 raise InlayError(f"{target.text!r} gives {spot.key!r} a second wiring; hang two adapters instead")
@@ -178,12 +231,57 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
 
 
 def _named(anatomy: Anatomy, name: str) -> list[Spot]:
-    if name != "linear":
-        return [s for s in anatomy.spots if name in (s.role, s.key)]
-    roles = set(anatomy.roles)
-    wanted = [r for r in LINEARS if r in roles]
-    wanted += [fused for fused, part in (("qkv", "q"), ("gate_up", "up")) if fused in roles and part not in roles]
-    return [s for s in anatomy.spots if s.role in wanted]
+    tower, _, rest = name.rpartition(".") if name.count(".") == 1 else ("", "", name)
+    if rest == "linear" or name in anatomy.towers:
+        tower = name if name in anatomy.towers else tower
+        return [s for s in anatomy.spots if s.linear and s.tower == tower]
+    return [s for s in anatomy.spots if name in (s.role, s.key) or s.role.startswith(f"{name}.")]
+
+
+def _in_layers(anatomy: Anatomy, target: Target, hits: list[Spot]) -> list[Spot]:
+    """Those of a target's places that are in the layers it names; places outside all layers only if it names none."""
+    chosen = {t: layer_set(target.among, anatomy.layers_of(t)) for t in {s.tower for s in hits if s.layer is not None}}
+    if not chosen:
+        layer_set(target.among, anatomy.layers)
+    return [s for s in hits if (not target.layers if s.layer is None else s.layer in chosen[s.tower])]
+
+
+def _warn(anatomy: Anatomy, name: str, hits: list[Spot]) -> None:
+    """Say it where a role is missing in some of the layers, and where `linear` leaves matrices out."""
+    if name == "linear" and anatomy.unreached:
+        warnings.warn(anatomy.left_out(), stacklevel=4)
+    role, tower = hits[0].role, hits[0].tower
+    if role != name:
+        return
+    layers, every = {s.layer for s in hits if s.layer is not None}, anatomy.layers_of(tower)
+    if layers and len(layers) < every:
+        where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
+        warnings.warn(
+            f"{name!r} exists in {where} of 0-{every - 1} only; the other layers are left alone", stacklevel=4
+        )
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`{0, 1, 2, 5}` -> `0-2, 5`."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(f"{lo}-{hi}" if hi > lo else f"{lo}" for lo, hi in runs)
+
+
+def collapsed(paths: Iterable[str]) -> list[str]:
+    """Paths that differ in their first number only, as one: `layers.{0-3}.mlp.experts.down_proj`."""
+    numbers: dict[str, list[int]] = {}
+    for path in paths:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "\0", path, count=1)
+        first = re.search(r"(?<=\.)(\d+)(?=\.)", path)
+        numbers.setdefault(pattern, []).extend([int(first[1])] if first else [])
+    return [
+        p.replace("\0", f"{{{ranges(n)}}}" if len(set(n)) > 1 else f"{n[0]}") if n else p for p, n in numbers.items()
+    ]
 
 
 def _unnamed(path: str) -> Spot:

@@ -1,59 +1,88 @@
-"""Matrix products of the adapters, in whichever of PyTorch's CPU libraries is the faster one.
+"""Matrix products of adapters and frozen layers, in the CPU library that `inlay.core.processor` chooses.
 
-PyTorch multiplies float32 matrices on CPUs with Intel's MKL, which keeps to AVX2 on processors of other makers.
-oneDNN, which every build has too, uses what the processor offers: on an AMD EPYC with AVX-512, 2.2 times the rate,
-from the same tensors in place. The choice rests on the maker's name, not on a measurement, so that two runs on one
-machine compute the same bits.
+Both libraries give what `torch.nn.functional.linear` gives, to rounding, for every shape (0 and 1 included), memory
+layout and type; tensors that oneDNN does not take go to PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import platform
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from inlay.compat.torch import observed
+from inlay.compat.torch import observed, onednn_linear
+from inlay.core import processor
+
+THIN = 32
+"""Inner width up to which MKL, which adds in place, is the faster library for y += x W^T on AMD, too: such a product is
+bound by reading and writing y, which oneDNN does twice."""
+ROWS = 384
+"""Rows at a time for which oneDNN's product is held before it is added: they stay in a core's cache."""
+ALIGNMENT = 64
+"""Bytes at whose multiples PyTorch's allocations start."""
 
 
-@functools.cache
-def has_other() -> bool:
-    """Whether there is oneDNN beside MKL, and PyTorch lets it be called."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+def _onednn_serves(x: Tensor, W: Tensor, b: Tensor | None = None) -> bool:
+    """Whether a product goes through oneDNN: chosen on this machine, and of a kind that oneDNN takes.
+
+    It raises "could not create a primitive descriptor" for an inner width of 0. Autocast, where it is on, is left to
+    PyTorch's operator, which knows it.
+    """
+    if not processor.prefers_onednn() or not all(
+        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided)
+        for t in (x, W, b)
+    ):
         return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return x.numel() > 0 and W.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
-@functools.cache
-def slow_default() -> bool:
-    """Whether float32 products are better left to oneDNN on this machine."""
-    if not has_other():
-        return False
-    info = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (info.read_text() if info.is_file() else platform.processor())
+def _dense(W: Tensor) -> Tensor:
+    """A matrix that oneDNN reads as it is: with rows or columns one after another. It refuses overlapping ones."""
+    (rows, columns), (down, right) = W.shape, W.stride()
+    by_rows, by_columns = right == 1 and down >= columns, down == 1 and right >= rows
+    return W if by_rows or by_columns else W.contiguous()
 
 
-def _served(*tensors: Tensor | None) -> bool:
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+def onednn_product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN, without gradients.
+
+    Args:
+        x: (..., D_in), not empty.
+        W: (D_out, D_in), dense, or as `inlay.compat.torch.onednn_reorder` made it.
+        b: (D_out,).
+    """
+    # The operator ignores the stride of b.
+    return onednn_linear(x, W, None if b is None else b.contiguous())
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b, without gradients: x (..., D_in), W (D_out, D_in), b (D_out,)."""
-    if slow_default() and _served(x, W, b):
-        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-    return linear(x, W, b)
+    return onednn_product(x, _dense(W), b) if _onednn_serves(x, W, b) else linear(x, W, b)
 
 
 def add_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tensor:
     """`onto` += s x W^T in place, without gradients: onto (N, D_out), x (N, D_in), W (D_out, D_in)."""
-    if slow_default() and _served(onto, x, W):
-        return onto.add_(product(x, W), alpha=s)
-    return onto.addmm_(x, W.t(), alpha=s)
+    if x.shape[-1] <= THIN or onto.dtype != x.dtype or not _onednn_serves(x, W):
+        return onto.addmm_(x, W.t(), alpha=s)
+    W = _dense(W)
+    for part, given in zip(onto.split(ROWS), x.split(ROWS), strict=True):
+        part.add_(onednn_product(given, W), alpha=s)
+    return onto
+
+
+def aligned(t: Tensor) -> Tensor:
+    """The tensor, or a copy that starts where PyTorch's own allocations do.
+
+    MKL sums in another order where an operand starts elsewhere, as views of a file do, so equal tensors give equal
+    products only at equal alignments (Intel, "Introduction to Conditional Numerical Reproducibility").
+    """
+    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
 
 
 def _uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,6 +120,11 @@ class _LowRank(torch.autograd.Function):
         return dx, dA, dB, None, g if ctx.needs_input_grad[4] else None
 
 
+def rows(t: Tensor) -> Tensor:
+    """(..., D) as a matrix (N, D), with N = 1 for a vector (D,)."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def rows_product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b with one W (D_out, D_in) for all rows, or one a row (B, D_out, D_in), b (D_out,) or (B, 1, D_out)."""
     if W.dim() == 2:
@@ -104,13 +138,29 @@ def add_rows_product(onto: Tensor, x: Tensor, W: Tensor, s: float = 1.0) -> Tens
         return onto.baddbmm_(x, W.mT, alpha=s)
     if not onto.is_contiguous():
         return onto.add_(product(x, W), alpha=s)
-    add_product(onto.view(-1, onto.shape[-1]), x.reshape(-1, x.shape[-1]), W, s)
+    add_product(rows(onto), rows(x), W, s)
     return onto
 
 
-def looked_on() -> bool:
-    """Whether a compiler or a transform of functions (vmap) looks on: they see through plain operations only."""
-    return observed()
+class _Varied(threading.local):
+    on = False
+
+
+_varied = _Varied()
+
+
+@contextlib.contextmanager
+def varied_rows() -> Iterator[None]:
+    """In this block `low_rank` uses PyTorch's default library, in the backward pass too.
+
+    oneDNN prepares code for each number of rows and keeps it: with experts, whose rows differ at every call, that took
+    190 MiB on a model of 4 layers of 8.
+    """
+    before, _varied.on = _varied.on, True
+    try:
+        yield
+    finally:
+        _varied.on = before
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = None, over: bool = False) -> Tensor:
@@ -126,15 +176,14 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, onto: Tensor | None = No
     if A.dim() == 3:
         h = torch.bmm(x, A.mT)
         return s * torch.bmm(h, B.mT) if onto is None else torch.baddbmm(onto, h, B.mT, alpha=s)
-    if looked_on():
+    if _varied.on or observed():
         out = s * linear(linear(x, A), B)
         return out if onto is None else onto + out
-    flat = None if onto is None else onto.flatten(0, -2)
+    flat = None if onto is None else rows(onto)
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-        h = product(x.flatten(0, -2), A)
-        if flat is None:
-            return product(h, s * B).unflatten(0, x.shape[:-1])
-        if slow_default() and _served(flat, h, B):
-            return torch.add(flat, product(h, B), alpha=s).view(onto.shape)  # type: ignore[union-attr]
-        return torch.addmm(flat, h, B.t(), alpha=s).view(onto.shape)  # type: ignore[union-attr]
-    return _LowRank.apply(x.flatten(0, -2), A, B, s, flat).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+        h = product(rows(x), A)
+        fresh = None if flat is None else flat.clone(memory_format=torch.contiguous_format)
+        out = product(h, s * B) if fresh is None else add_product(fresh, h, B, s)
+    else:
+        out = _LowRank.apply(rows(x), A, B, s, flat)
+    return out.view(*x.shape[:-1], len(B))

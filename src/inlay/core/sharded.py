@@ -60,14 +60,14 @@ def parted(value: Tensor, like: Tensor) -> Tensor:
 def penalty(edit: Edit, adapter: Mapping[str, Weights]) -> Tensor | None:
     """`Edit.penalty` of an adapter (place key -> tensors); of a sharded one, every rank computes all of it, and each
     part's gradient is the whole penalty's: it is not to be summed or averaged over ranks. All ranks ask at once."""
-    if type(edit).penalty is Edit.penalty:
+    if not edit.has_penalty:
         return None
     return edit.penalty({key: {n: _full(t) for n, t in w.items()} for key, w in adapter.items()})
 
 
 def after_step(edit: Edit, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
     """`Edit.after_step` of an adapter. All ranks ask at once; `state` is whole on each."""
-    if type(edit).after_step is not Edit.after_step:
+    if edit.has_after_step:
         with _held_whole(adapter) as own:
             edit.after_step(own, step, total, state)
 

@@ -15,6 +15,7 @@ from inlay.core.errors import InlayError
 from inlay.core.fold import Folded, fold
 from inlay.core.held import Held, Layout
 from inlay.core.place import Place
+from inlay.core.product import aligned
 from inlay.core.recipe import Recipe, recipe
 
 if TYPE_CHECKING:
@@ -57,9 +58,13 @@ class Shelf(dict[str, Folded]):
             return
         kind = self._kind(edit, at)
         if isinstance(tensors, Held) and (how := self._recipe(name, edit, kind, tensors.layout)) is not None:
-            self[name] = how.fold(tensors.flat().to(self._host.device, self.dtype))
+            flat = tensors.flat()
+            if not torch.stack(flat.aminmax()).isfinite().all():  # ten times as fast as asking each
+                only_finite(name, tensors)
+            self[name] = how.fold(flat.to(self._host.device, self.dtype))
             return
         same_shapes(name, kind.shapes, {k: t.shape for k, t in tensors.items()})
+        only_finite(name, tensors)
         self[name] = self._fold(edit, kind.places, tensors)
 
     def _recipe(self, name: str, edit: Edit, kind: _Kind, layout: Layout) -> Recipe | None:
@@ -70,12 +75,14 @@ class Shelf(dict[str, Folded]):
 
     def _fold(self, edit: Edit, places: list[Place], tensors: Mapping[str, Tensor]) -> Folded:
         device = self._host.device
-        everywhere = {k.removeprefix("shared/"): t.to(device) for k, t in tensors.items() if k.startswith("shared/")}
+        # Views of a file start anywhere: what is multiplied must stand as it does in a hung adapter, for equal bits.
+        tensors = {k: aligned(t.to(device)) for k, t in tensors.items()}
+        everywhere = {k.removeprefix("shared/"): t for k, t in tensors.items() if k.startswith("shared/")}
         own: dict[str, dict[str, Tensor]] = {p.key: {} for p in places}
         for key, t in tensors.items():
             place, _, k = key.rpartition("/")
             if place != "shared":
-                own[place][k] = t.to(device)
+                own[place][k] = t
         return fold(edit, places, {p: {**everywhere, **w} for p, w in own.items()}, self.dtype)
 
     def _kind(self, edit: Edit, at: str | tuple[str, ...] | None) -> _Kind:
@@ -89,6 +96,17 @@ class Shelf(dict[str, Folded]):
                 self._kinds.clear()
             known = self._kinds[edit, at] = _Kind([p for p in places if made[p.key] or common], shapes)
         return known
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or an infinity, None if there is none."""
+    return next((k for k, t in tensors.items() if not t.is_meta and not bool(t.isfinite().all())), None)
+
+
+def only_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter's tensors if one holds NaN or an infinity."""
+    if bad := not_finite(tensors):
+        raise InlayError(f"the adapter {name!r} is damaged: {bad} holds values that are not finite; use another copy")
 
 
 def same_shapes(name: str, mine: Shapes, theirs: Shapes) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from inlay.core import route
 from inlay.core.edit import Edit, LowRank, Weights, phases
@@ -62,6 +63,8 @@ class Site(nn.Module):
 
     spoken = False
     """Set by a forward of the layer that has computed the edits in `after` as well: nothing is left to do then."""
+    called = False
+    """Whether a forward has called the layer: some decoders skip one, or read its weight."""
     _given: Tensor | None = None
 
     def __init__(self, host: Host, spot: Spot, layer: nn.Module):
@@ -72,8 +75,18 @@ class Site(nn.Module):
         self._host = [host]  # in a list: the host is no child of the layer
         self._layer = [layer]
         self._worn = Worn(())
+        self._hooks: list[RemovableHandle] = []
+        self._plain = spot.linear or spot.role in ("embed", "head")
+        """Whether what it takes and gives is known: one tensor each, of the same tokens."""
+        self.place = self._place(host, layer)
+        self._join(layer)
+        layer.add_module(self._child, self)
+
+    def _place(self, host: Host, layer: nn.Module) -> Place:
+        """The layer as an edit without a wiring sees it."""
         d_in, d_out = widths(layer, host.hidden)
-        self.place = Place(
+        spot = self.spot
+        return Place(
             self.frozen,
             d_in,
             spot.part.width(d_out) if spot.part else d_out,
@@ -82,11 +95,20 @@ class Site(nn.Module):
             has_bias=getattr(layer, "bias", None) is not None,
             tied=host.tied and spot.role in ("embed", "head"),
         )
-        self._hooks = [layer.register_forward_hook(self._post, with_kwargs=True)]
-        layer.add_module(self._child, self)
+
+    def _join(self, layer: nn.Module) -> None:
+        """Take part in the layer's forward."""
+        self._hooks.append(layer.register_forward_hook(self._post, with_kwargs=True))
+
+    def _part(self, layer: nn.Module) -> None:
+        """Take part in it no longer."""
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def _child(self) -> str:
+        if self.spot.parameter:
+            return f"inlay_{self.spot.parameter}"
         return f"inlay_{self.spot.role}" if self.spot.part else "inlay"
 
     @property
@@ -122,8 +144,7 @@ class Site(nn.Module):
         del self.wear[name], self.places[name]
         if self.wear or stay:
             return False
-        for hook in self._hooks:
-            hook.remove()
+        self._part(self.layer)
         delattr(self.layer, self._child)
         return True
 
@@ -164,7 +185,7 @@ class Site(nn.Module):
             quick: list[route.Job] = [(one[0], one[1], self._rounded(one, out.dtype), one[2]) for one in every]
             return route.apply(now, host.strategy, quick, x, y, spare)
         dtype = host.precision(out, every)
-        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // now.batch
+        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // max(1, now.batch)
         jobs: list[route.Job] = []
         by_rows = False
         for one in every:
@@ -228,7 +249,7 @@ class Site(nn.Module):
         worn = self.worn(self._host[0].now.steps)
         if not worn.before:
             return None
-        x, where = _input(args, kwargs)
+        x, where = self._input(args, kwargs)
         new = self.run(worn, x)
         if new is x:
             return None
@@ -236,6 +257,8 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
+        if not self.called and not torch.compiler.is_compiling():
+            self.called = True
         worn = self.worn(self._host[0].now.steps)
         if (x := self._given) is not None:
             self._given = None  # set where need be: modules are slow to set attributes
@@ -244,15 +267,54 @@ class Site(nn.Module):
             return None
         if not worn.after:
             return None
-        x = _input(args, kwargs)[0] if x is None else x
+        x = self._input(args, kwargs)[0] if x is None else x
         whole = out[0] if isinstance(out, tuple) else out
         part = self.spot.part
-        y = part.get(whole) if part else whole
+        y = part.get(whole) if part else whole if self._plain else self._as_tokens(x, whole)
         new = self.run(worn, x, y, spare=part is None and _fresh(layer))
         if new is y:
             return None
-        new = part.put(whole, new) if part else new
+        new = part.put(whole, new) if part else new if self._plain else new.reshape(whole.shape)
         return (new, *out[1:]) if isinstance(out, tuple) else new
+
+    def _as_tokens(self, x: Tensor, y: object) -> Tensor:
+        """What a whole sub-layer gives, in the shape of what it took: some (Llama 4's experts) flatten rows and tokens.
+
+        Raises:
+            InlayError: it gives no tensor of the tokens that it took.
+        """
+        if isinstance(y, Tensor) and y.shape[-1:] == (self.place.d_out,):
+            if y.shape[:-1] == x.shape[:-1]:
+                return y
+            if y.shape[:-1].numel() == x.shape[:-1].numel():
+                return y.reshape(*x.shape[:-1], y.shape[-1])
+        raise InlayError(
+            f"no adapter can hang at {self.spot.key!r}: {self.spot.path} takes a {_shown(x)} and gives a {_shown(y)}, "
+            f"not one of {self.place.d_out} features for the same tokens; name the linears inside it"
+        )
+
+    def _input(self, args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
+        """A layer's first tensor, and its keyword if it came by keyword."""
+        if args and (self._plain or self._fits(args[0])):
+            return args[0], None
+        for where in ("hidden_states", "input", "input_ids", "x"):
+            if isinstance(kwargs.get(where), Tensor) and (self._plain or self._fits(kwargs[where])):
+                return kwargs[where], where
+        fit = [k for k, t in kwargs.items() if self._fits(t)]
+        if len(fit) == 1 and not args:
+            return kwargs[fit[0]], fit[0]
+        given = ", ".join([*map(_shown, args), *(f"{k}={_shown(v)}" for k, v in kwargs.items())])
+        raise InlayError(
+            f"no adapter can hang at {self.spot.key!r}: {self.spot.path} is called with ({given}), of which none is "
+            f"known to be its input of {self.place.d_in} features; name the linears inside it"
+        )
+
+    def _fits(self, t: object) -> bool:
+        return isinstance(t, Tensor) and t.dim() > 1 and t.shape[-1] == self.place.d_in
+
+
+def _shown(value: object) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_it_is(x: Tensor, out: Tensor, now: route.Route) -> bool:
@@ -294,13 +356,3 @@ def _worn_here(host: Host, site: Site, step: route.Step) -> WornHere | None:
         return step, edit, site.wired(folded.cut.wirings[key]), w
     name = step.name  # type: ignore[union-attr]
     return (step, host.edits[name], site.places[name], None) if name in site.places else None
-
-
-def _input(args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
-    """A layer's first tensor, and its keyword if it came by keyword."""
-    if args:
-        return args[0], None
-    for where in ("hidden_states", "input", "input_ids", "x"):
-        if isinstance(kwargs.get(where), torch.Tensor):
-            return kwargs[where], where
-    raise InlayError(f"cannot see the input of a layer called with the keywords {sorted(kwargs)}")

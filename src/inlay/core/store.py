@@ -1,6 +1,6 @@
 """Inlay's own format: one readable JSON, and the tensors in safetensors. Strict both ways, atomic, never a pickle.
 
-    adapter.json                    method, settings, places, base and its fingerprint, versions, digests
+    adapter.json                    method, settings, places, base and its fingerprint, template, versions, digests
     adapter-<hash>.safetensors      the tensors, `3.q/A` for place 3.q; the JSON names the file
 
 Replacing the JSON is the one moment at which a save takes effect: a kill or a full disk at any time leaves the old
@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 
 from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
-from inlay.core.files import replace_file, sha256, write_text
+from inlay.core.files import locked, make_folder, replace_file, sha256, write_text
 from inlay.core.fingerprint import differences, fingerprint
 from inlay.core.held import Held, read_bytes
 from inlay.core.host import Host
+from inlay.core.shelf import not_finite
 
 FORMAT, VERSION = "inlay-adapter", 1
+RETRIES = 20
+"""How often a reader begins again while others save into the folder."""
 MEANING = ("format", "version", "method", "settings", "places", "tensors")
 """What the JSON's own digest covers; the rest may be edited by hand."""
 
@@ -66,19 +69,43 @@ def save(
     versions: Mapping | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     base: Mapping[str, Any] | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter; an adapter already in the folder is replaced, and stays whole if anything fails.
 
     Args:
-        about: anything to keep with it (template, training run, notes); JSON values.
+        about: anything to keep with it (training run, notes); JSON values.
         versions: of the software that made it.
         tensors: the adapter's, where the host holds parts of them only.
         base: the base's fingerprint, likewise.
+        template: the template of the prompts that it was trained on (`inlay.tasks.template_json`); by default the one
+            that the host keeps for it.
     """
     folder = Path(folder)
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in (tensors or host.tensors(name)).items()}
+    if bad := not_finite(tensors):
+        raise InlayError(f"{name!r} is not saved: {bad} holds values that are not finite; train again at a lower rate")
+    rest = {
+        "template": template or host.templates.get(name),
+        "about": dict(about or {}),
+        "versions": {"torch": torch.__version__, **(versions or {})},
+    }
+    make_folder(folder)
+    with locked(folder):
+        return _save(host, name, folder, tensors, base or fingerprint(host), rest)
+
+
+def _save(
+    host: Host,
+    name: str,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    base: Mapping[str, Any],
+    rest: Mapping[str, Any],
+) -> Path:
+    """`save` while nobody else writes into the folder; `rest` is what the JSON says besides."""
     file = folder / f"adapter-{content_digest(tensors)[:12]}.safetensors"
-    replace_file(file, lambda partial: save_file(tensors, partial))
+    replace_file(file, lambda partial: save_file(dict(tensors), partial))
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -89,10 +116,9 @@ def save(
         "base": {
             "name": getattr(host.model.config, "_name_or_path", "") or None,
             "family": host.anatomy.family,
-            **(base or fingerprint(host)),
+            **base,
         },
-        "about": dict(about or {}),
-        "versions": {"torch": torch.__version__, **(versions or {})},
+        **rest,
     }
     record["digest"] = _digest(record)
     text = json.dumps(record, indent=1) + "\n"
@@ -117,8 +143,31 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], Held]:
-    """(the JSON, the tensors) of an adapter folder, both checked against their digests."""
+    """(the JSON, the tensors) of an adapter folder, both checked against their digests.
+
+    A save into the same folder may replace the tensors between the two reads: then the new adapter is read.
+    """
     folder = Path(folder)
+    for _ in range(RETRIES):
+        before = _stamp(folder)
+        try:
+            return _read(folder)
+        except InlayError:
+            if _stamp(folder) == before:
+                raise
+    return _read(folder)
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes when adapter.json is replaced."""
+    try:
+        about = (folder / "adapter.json").stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Held]:
     file = folder / "adapter.json"
     if not file.is_file():
         raise InlayError(
@@ -172,6 +221,7 @@ def load(
     except BaseException:
         host.remove(name)
         raise
+    _keep_template(host, name, record)
     return name
 
 
@@ -186,7 +236,35 @@ def shelve(
     record, tensors = _for(host, folder, allow_other_base)
     name = name or record["name"]
     host.shelve(name, rebuild(record, edits), record["places"], tensors)
+    _keep_template(host, name, record)
     return name
+
+
+def template_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The prompt template that an adapter's JSON records; None if it records none.
+
+    Files without the field are read by their training settings: the protocol fixed the template before there was a
+    choice, and knowledge items were asked as they are.
+    """
+    if record.get("template"):
+        found: Mapping[str, Any] = record["template"]
+        return found
+    training = _section(record.get("about"), "training")
+    if _section(training, "know").get("items"):
+        return {"name": "none"}
+    protocol = str(_section(training, "data").get("protocol")).lower()
+    name = {"published": "published", "clean": "alpaca"}.get(protocol)
+    return {"name": name} if name else None
+
+
+def _section(values: Any, name: str) -> Mapping[str, Any]:
+    found = values.get(name) if isinstance(values, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _keep_template(host: Host, name: str, record: Mapping[str, Any]) -> None:
+    if (template := template_of(record)) is not None:
+        host.templates[name] = template
 
 
 def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], Held]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.files import write_text
 from inlay.core.host import Host
@@ -54,7 +55,7 @@ def needed(host: Host, examples: Sequence[Example]) -> int:
 def lowest(host: Host, name: str) -> int:
     """Number of blocks below every place of an adapter (all of them, if it hangs above the last one only)."""
     spots = [s.spot for s in host.sites.values() if name in s.places]
-    if any(s.role == "embed" or host.edits[name].room for s in spots):
+    if any(s.role == "embed" or s.tower or s.layer is None and s.linear for s in spots) or host.edits[name].room:
         return 0
     return min((s.layer for s in spots if s.layer is not None), default=host.anatomy.layers)
 
@@ -247,7 +248,7 @@ def _draws(name: str) -> bool:
 def dropped(model: nn.Module) -> str:
     """What share of activations forwards drop while they train, by a module or by a function (OPT, BLOOM, Falcon), of
     blocks they leave out (OPT's `layerdrop`), or what noise routers add (Mixtral's `jitter_noise`); empty for none."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config: Any = text_config(model.config)
     held: list[tuple[str, Any]] = [(n, m.p) for n, m in model.named_modules() if isinstance(m, nn.Dropout)]
     held += [(k, v) for m in model.modules() for k, v in vars(m).items() if _draws(k)]
     held += [(k, x) for k, v in held if isinstance(v, dict) for x in v.values()]  # PEFT's, by adapter

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.compat.torch import observed
 from inlay.core.edit import LowRank
 from inlay.core.host import Host
-from inlay.core.product import add_product, looked_on, product
+from inlay.core.product import add_product, product
 from inlay.core.site import Site
 from inlay.engine.linear import forwards, frozen, plain, weight_of
 from inlay.engine.steady import Map, Steady, gain_gradient, mapped, turn_gradients
@@ -217,7 +218,7 @@ def _fit(m: Any, site: Site | None, x: Tensor) -> bool:
         site is not None
     )  # hooks before it change what the forward and the site see alike
     same = x.dtype == m.weight.dtype and x.device == m.weight.device and not x.is_inference()
-    return hooks and same and not looked_on() and not torch.is_autocast_enabled(x.device.type)
+    return hooks and same and not observed() and not torch.is_autocast_enabled(x.device.type)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.fingerprint import readable
-from inlay.core.product import product, slow_default
+from inlay.core.processor import prefers_onednn
+from inlay.core.product import product, rows
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -52,7 +53,7 @@ def forwards(of: Mapping[Any, Callable[..., Any]], fresh: bool = False) -> Itera
 
 def fast_linears(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block, the model's frozen float32 linears compute by `FrozenLinear`, where that is worth it."""
-    chosen = [m for m in model.modules() if slow_default() and frozen(m) and m.weight.dtype == torch.float32]
+    chosen = [m for m in model.modules() if prefers_onednn() and frozen(m) and m.weight.dtype == torch.float32]
     return forwards({m: functools.partial(plain, m) for m in chosen}, fresh=True)
 
 
@@ -69,8 +70,10 @@ def weight_of(m: Any) -> Tensor:
 
 
 def plain(m: Any, x: Tensor) -> Tensor:
-    """What a frozen linear says of x, in the faster library."""
-    if x.dtype != torch.float32 or m.weight.dtype != torch.float32 or not slow_default():
+    """A frozen linear's output for x, in the faster library; under autocast, in autocast's type."""
+    float32 = x.dtype == m.weight.dtype == torch.float32
+    if not float32 or not prefers_onednn() or torch.is_autocast_enabled(x.device.type):
         return type(m).forward(m, x)
     # Flattened here: what a node makes of views inside itself may not be written in place, and Falcon does.
-    return FrozenLinear.apply(x.flatten(0, -2), weight_of(m), m.bias).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+    W = weight_of(m)
+    return FrozenLinear.apply(rows(x), W, m.bias).view(*x.shape[:-1], len(W))  # type: ignore[no-any-return]

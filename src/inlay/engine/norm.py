@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.compat.source import has_body
+from inlay.compat.torch import observed
 from inlay.compat.transformers import RMS_NORM_BODY
-from inlay.core.product import looked_on
 from inlay.engine.linear import forwards
 
 
@@ -41,7 +41,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
-    if looked_on() or norm.weight.requires_grad:
+    if observed() or norm.weight.requires_grad:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
     same = x.dtype == norm.weight.dtype and x.device == norm.weight.device
     return RMSNorm.apply(x, norm.weight, norm.variance_epsilon) if same else type(norm).forward(norm, x)  # type: ignore[no-any-return]

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.product import has_other, slow_default
+from inlay.compat.torch import onednn_reorder
+from inlay.core.processor import allows_onednn, has_onednn_bfloat16, prefers_onednn
+from inlay.core.product import onednn_product
 from inlay.engine.linear import forwards, frozen
 from inlay.engine.memory import available
 
@@ -52,29 +54,26 @@ class Reordered:
             now = (m.weight.data_ptr(), m.weight._version)  # type: ignore[union-attr, operator]
             if m not in self._kept or self._kept[m][0] != now:
                 W: Any = m.weight if isinstance(m, nn.Linear) else m.weight.t().contiguous()  # type: ignore[operator, union-attr]
-                self._kept[m] = now, torch.ops.mkldnn._reorder_linear_weight(W.detach())
+                self._kept[m] = now, onednn_reorder(W.detach())
         with forwards({m: functools.partial(_forward, m, self._kept[m][1]) for m in self._linears}, fresh=True):
             yield
 
 
-@functools.cache
-def _knows_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _gains(dtype: torch.dtype, rows: int) -> bool:
     if dtype == torch.float32:
-        return rows >= FEW or slow_default()
-    return dtype == torch.bfloat16 and _knows_bfloat16()
+        return rows >= FEW or prefers_onednn()
+    return dtype == torch.bfloat16 and has_onednn_bfloat16()
 
 
 def _reorderable(m: Any, rows: int) -> bool:
-    if not frozen(m) or not has_other():
+    if not frozen(m) or not allows_onednn():
         return False
     return _gains(m.weight.dtype, rows) and m.weight.device.type == "cpu" and not m.weight.is_inference()
 
 
 def _forward(m: Any, W: Tensor, x: Tensor) -> Tensor:
-    if x.dtype != m.weight.dtype or torch.is_grad_enabled() or not _gains(x.dtype, x.shape[:-1].numel()):
+    rows = x.shape[:-1].numel()
+    plain = x.dtype == m.weight.dtype and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if not plain or not rows or x.dim() < 2 or not _gains(x.dtype, rows):
         return type(m).forward(m, x)
-    return torch.ops.mkldnn._linear_pointwise(x, W, m.bias, "none", [], "")  # type: ignore[no-any-return]
+    return onednn_product(x, W, m.bias)

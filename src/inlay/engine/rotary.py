@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from inlay.compat.source import has_body
+from inlay.compat.torch import observed
 from inlay.compat.transformers import ROTARY, ROTARY_BODIES
 from inlay.core.host import Host
-from inlay.core.product import looked_on
 
 
 class Rotary(torch.autograd.Function):
@@ -46,7 +46,7 @@ class Rotary(torch.autograd.Function):
 
 def _served(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     alike = x.dtype == cos.dtype == sin.dtype and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0
-    return alike and not looked_on() and not cos.requires_grad
+    return alike and not observed() and not cos.requires_grad
 
 
 def _apply(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:

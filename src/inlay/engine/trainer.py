@@ -27,6 +27,7 @@ from inlay.api import attach
 from inlay.compat.peft import base_model, has_virtual_tokens
 from inlay.compat.transformers import attention_name, set_attention_name
 from inlay.compat.trl import FUSED_HEAD
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.rounding import rounding
@@ -105,7 +106,7 @@ def packed_forward(model: Any) -> Iterator[Host]:
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """What TRL asks of a forward (`compat.trl.TOKEN_OUTPUTS`): per next token (B, T - 1), zero where none is learned."""
+    """What TRL asks of a forward (`compat.trl.TOKEN_OUTPUTS`): per next token (B, T - 1), 0 where none is learned."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -191,7 +192,7 @@ class _Forward:
             return "rows are not padded on the right"
         if mask is not None and bool(labels[mask == 0].ne(IGNORED).any()):
             return "labels of the padding are not -100"
-        router = getattr(self.host.model.config.get_text_config(), "output_router_logits", False)  # type: ignore[operator, union-attr]
+        router = getattr(text_config(self.host.model.config), "output_router_logits", False)
         return "the loss has a term of the experts' router" if router else ""
 
     def _few(self, ids: list[list[int]], labels: list[list[int]]) -> list[list[list[int]]]:

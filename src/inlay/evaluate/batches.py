@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn, read_plan
@@ -78,7 +79,7 @@ def turns(plans: Sequence[Worn]) -> dict[Worn, int]:
 
 def context(host: Host) -> int | None:
     """Most positions the base was made for; None where it sets no limit (ALiBi)."""
-    config = host.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = text_config(host.model.config)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
@@ -92,7 +93,7 @@ def room(host: Host, worn: Worn) -> int:
 
 def window(host: Host) -> int | None:
     """The shortest window that any of the base's layers attends to; None where there is none."""
-    config = host.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = text_config(host.model.config)
     return getattr(config, "sliding_window", None) or None
 
 

@@ -118,7 +118,8 @@ def _told(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(key), now.get(key)
         if key == "base":
             told += [f"the base differs ({d})" for d in differences(old or {}, new or {"shape": {}, "values": {}})]
-        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+        elif isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping) and (old or new):
+            old, new = old or {}, new or {}  # an entry that earlier versions did not write
             told += [
                 f"{key} {k!r} differs{_leaves(old[k], new[k])}" for k in old.keys() & new.keys() if old[k] != new[k]
             ]

@@ -113,7 +113,7 @@ class Report:
             "cells": [asdict(c) for c in self.cells],
             "average": {a: self.average(a) for a in self.adapters if self.whole(a)},
             "comparisons": [
-                {"first": a, "second": b, "dataset": d, **asdict(p)}
+                {**asdict(p), "first": a, "second": b, "only_first": p.first, "only_second": p.second, "dataset": d}
                 for a, b in itertools.combinations(self.adapters, 2)
                 for d, p in self.compare(a, b).items()
             ],
@@ -151,7 +151,8 @@ class Report:
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a reader wants them: the base's fingerprint is some sixty numbers, which `settings.json` has."""
     base = json.dumps(settings["base"], sort_keys=True).encode()
-    return {**settings, "base": hashlib.sha256(base).hexdigest()[:16]}
+    form = {"base_form": settings["base"]["form"]} if "form" in settings["base"] else {}
+    return {**settings, "base": hashlib.sha256(base).hexdigest()[:16], **form}
 
 
 def _grid(head: list[str], rows: list[list[str]], left: int) -> str:

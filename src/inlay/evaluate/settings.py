@@ -11,10 +11,13 @@ from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.evaluate.report import Report
 from inlay.evaluate.suite import evaluate, expand
+from inlay.tasks import protocols, template_choice
+from inlay.tasks.template_choice import TemplateSettings
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings:
+class EvalSettings(TemplateSettings, ThreadSettings):
     """Score a base and its adapters on tasks."""
 
     model: str
@@ -32,7 +35,7 @@ class EvalSettings:
     limit: int | None = None
     """At most so many records per task, drawn with the seed."""
     protocol: Literal["clean", "published"] = "clean"
-    """Prompts and extraction: ours, or LLM-Adapters' to the letter (4 beams)."""
+    """Extraction and decoding: ours, or LLM-Adapters' to the letter (4 beams), its prompts included."""
     how: Literal["generate", "options"] = "generate"
     """Generate a text and extract the answer, or take the likeliest of the given options."""
     option_form: Literal["answer", "text"] = "answer"
@@ -71,6 +74,8 @@ def run(settings: EvalSettings) -> Report:
     from inlay.models.base import load_base
 
     expand(settings.tasks)
+    protocols.get(settings.protocol).check_template(settings.template)
+    template_choice.check(settings.template)
     missing = [str(f) for f in settings.adapters if not f.is_dir()]
     if missing:
         raise InlayError(f"no such adapter folder: {', '.join(missing)}")
@@ -86,6 +91,7 @@ def run(settings: EvalSettings) -> Report:
         names,
         settings.protocol,
         settings.how,
+        template=settings.template,
         data=settings.data,
         split=settings.split,
         limit=settings.limit,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from inlay.core.fingerprint import fingerprint
 from inlay.core.host import Host
 from inlay.core.route import Worn, read_plan
 from inlay.evaluate.bar import bar
-from inlay.evaluate.batches import context, room
+from inlay.evaluate.batches import room
 from inlay.evaluate.decode import generate_each
 from inlay.evaluate.log import Log, adapter_digest, settle
 from inlay.evaluate.options import NORMALISE, Normalise, option_scores_each
+from inlay.evaluate.prepared import Item, Preparation, PreparedTask, read_records
+from inlay.evaluate.prompting import Prompting
 from inlay.evaluate.report import Cell, Report, saved_cells
-from inlay.evaluate.rows import GenerateSettings
-from inlay.tasks import TASKS, Record, Task, encode_answer, encode_prompt, load
+from inlay.tasks import TASKS, AnyTemplate, Record, Task, template_json
 from inlay.tasks import get as get_task
 from inlay.tasks.protocols import Protocol
 from inlay.tasks.protocols import get as get_protocol
@@ -41,24 +41,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class _Item:
-    index: int
-    """In the task's own file."""
-    record: Record
-    ids: list[int]
-    cut: bool
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """One task, ready to run."""
-
-    task: Task
-    items: list[_Item]
-    settings: GenerateSettings
-
-
-@dataclass(frozen=True)
 class _Run:
     host: Host
     tokenizer: Any
@@ -67,6 +49,7 @@ class _Run:
     option_form: OptionForm
     normalise: Normalise
     wearers: dict[str, Worn]
+    templates: dict[str, AnyTemplate]
     mixed: bool
     log: Log
 
@@ -93,6 +76,7 @@ def evaluate(
     protocol: str | Protocol = "clean",
     how: How = "generate",
     *,
+    template: str | AnyTemplate | None = None,
     data: str | Path | None = None,
     records: Mapping[str, Sequence[Record]] | None = None,
     split: str = "test",
@@ -113,6 +97,9 @@ def evaluate(
         adapters: names on the host (`a+b`: worn together); None is the bare base, called `base` in the report.
         protocol: `clean` or `published`: prompts, extraction, and the default number of beams.
         how: `generate` a text and extract the answer, or pick the likeliest of the record's `options`.
+        template: of the prompts, for the base and all adapters: `chat`, `alpaca`, `none`, a file, or a template. By
+            default each adapter's prompts are written by the template that it records, those of others by the
+            tokenizer's own chat template if it has one, else alpaca. `published` fixes its own.
         data: folder in LLM-Adapters' layout (see `inlay.tasks.load`); None: the Hub. Synthetic tasks need none.
         records: records per task name, instead of loading.
         limit: at most so many records per task, drawn with `seed`.
@@ -131,14 +118,20 @@ def evaluate(
     _check(how, option_form, normalise)
     chosen, rules, folder = expand(tasks), get_protocol(protocol), Path(out) if out is not None else None
     wearers = _wearers(host, adapters)
+    rules.check_template(template)
+    prompting = Prompting(host, tokenizer, rules.eval if rules.fixed else template)
+    templates = {label: prompting.of(worn, label) for label, worn in wearers.items()}
     reserve = max(room(host, worn) for worn in wearers.values())
-    found = ((task, _records(task, records, split, data, limit, seed)) for task in chosen)
-    benches = [_bench(host, tokenizer, *one, rules, how, reserve, decoding or {}, batch_size) for one in found]
+    found = ((task, read_records(task, records, split, data, limit, seed)) for task in chosen)
+    prepare = Preparation(prompting, rules, how, reserve, decoding or {}, batch_size, templates)
+    benches = [prepare(*one) for one in found]
     options = {"option_form": option_form, "normalise": normalise} if how == "options" else {}
-    about = {"protocol": rules.name, "how": how, **options, "split": split, "limit": limit, "seed": seed}
+    asked = {label: template_json(t) for label, t in templates.items()}
+    about: dict[str, Any] = {"protocol": rules.name, "how": how, **options, "templates": asked}
+    about |= {"split": split, "limit": limit, "seed": seed}
     about |= _made_by(host, benches, wearers, how)
     settings, earlier, log = settle(folder, about), saved_cells(folder), Log(folder)
-    run = _Run(host, tokenizer, rules, how, option_form, normalise, wearers, mixed, log)
+    run = _Run(host, tokenizer, rules, how, option_form, normalise, wearers, templates, mixed, log)
     with bar(progress) as shown:
         for bench in benches:
             _answer(run, bench, shown)
@@ -167,66 +160,8 @@ def _wearers(host: Host, adapters: Sequence[str | None]) -> dict[str, Worn]:
     return {BASE if a is None else a: worn for a, worn in zip(adapters, plans, strict=True)}
 
 
-def _records(
-    task: Task, given: Mapping[str, Sequence[Record]] | None, split: str, data: Any, limit: int | None, seed: int
-) -> list[tuple[int, Record]]:
-    """(index in the task's file, record). A limit keeps the indices of the whole file."""
-    if given is not None:
-        if task.name not in given:
-            raise unknown("task in `records`", task.name, given)
-        whole = list(given[task.name])
-    elif task.group == "world" and data is None:
-        return list(enumerate(load(task, split, None, limit, seed)))
-    else:
-        whole = load(task, split, data)
-    if not whole:
-        raise InlayError(f"{task.name} has no records")
-    if limit is None or limit >= len(whole):
-        return list(enumerate(whole))
-    if limit < 1:
-        raise InlayError(f"limit {limit}: at least 1 record, or None for all")
-    return [(i, whole[i]) for i in sorted(random.Random(seed).sample(range(len(whole)), limit))]
-
-
-def _bench(
-    host: Host,
-    tokenizer: Any,
-    task: Task,
-    records: list[tuple[int, Record]],
-    protocol: Protocol,
-    how: How,
-    reserve: int,
-    decoding: Mapping[str, Any],
-    batch_size: int,
-) -> _Bench:
-    if how == "options" and task.kind not in ("choice", "letter"):
-        raise InlayError(f"{task.name} asks for a {task.kind}, not for one of several options; use how='generate'")
-    if task.kind not in protocol.rules:
-        raise InlayError(f"protocol {protocol.name!r} has no rule for {task.kind} answers ({task.name}); use 'clean'")
-    known = [f.name for f in dataclasses.fields(GenerateSettings)]
-    if strange := [name for name in decoding if name not in known]:
-        raise unknown("decoding setting", strange[0], known)
-    beams = 1 if decoding.get("temperature") else protocol.beams
-    default = {"max_new_tokens": task.max_new_tokens, "beams": beams, "batch_size": batch_size}
-    settings = GenerateSettings(**{**default, **decoding})
-    cutoff = _cutoff(host, protocol, reserve, settings.max_new_tokens)
-    items = []
-    for index, record in records:
-        example = encode_prompt(record, tokenizer, protocol, cutoff)
-        items.append(_Item(index, record, example.input_ids, example.truncated))
-    return _Bench(task, items, settings)
-
-
-def _cutoff(host: Host, protocol: Protocol, reserve: int, new: int) -> int | None:
-    """Most tokens of a prompt: what the answer leaves of the context, but no less than half of it."""
-    most = context(host)
-    if most is None or protocol.truncation == "right":
-        return None
-    return (most - reserve) - min(new, (most - reserve) // 2)
-
-
-def _made_by(host: Host, benches: list[_Bench], wearers: dict[str, Worn], how: How) -> dict[str, Any]:
-    def data(bench: _Bench) -> dict[str, Any]:
+def _made_by(host: Host, benches: list[PreparedTask], wearers: dict[str, Worn], how: How) -> dict[str, Any]:
+    def data(bench: PreparedTask) -> dict[str, Any]:
         text = repr([(i.index, dataclasses.astuple(i.record), i.ids) for i in bench.items])
         decoding = {k: v for k, v in dataclasses.asdict(bench.settings).items() if k != "batch_size"}
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -241,12 +176,12 @@ def _made_by(host: Host, benches: list[_Bench], wearers: dict[str, Worn], how: H
     }
 
 
-def _answer(run: _Run, bench: _Bench, shown: Any) -> None:
+def _answer(run: _Run, bench: PreparedTask, shown: Any) -> None:
     """Whatever the log does not have yet of this task."""
     wanted = [
         (label, item)
         for label in run.wearers
-        for item in bench.items
+        for item in bench.prompts[label]
         if (label, bench.task.name, item.index) not in run.log.rows
     ]
     total = len(run.wearers) * len(bench.items)
@@ -270,7 +205,7 @@ def _answer(run: _Run, bench: _Bench, shown: Any) -> None:
 Made = Iterator[tuple[dict[int, dict[str, Any]], float]]
 
 
-def _generated(run: _Run, bench: _Bench, rows: list[tuple[str, _Item]]) -> Made:
+def _generated(run: _Run, bench: PreparedTask, rows: list[tuple[str, Item]]) -> Made:
     plan = [run.wearers[label] for label, _ in rows]
     seeds = [_draw(bench.settings.seed, bench.task.name, item.index) for _, item in rows]
     ids = [item.ids for _, item in rows]
@@ -286,12 +221,13 @@ def _draw(seed: int, name: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr((seed, name, index)).encode(), digest_size=7).digest(), "big")
 
 
-def _chosen(run: _Run, bench: _Bench, rows: list[tuple[str, _Item]]) -> Made:
+def _chosen(run: _Run, bench: PreparedTask, rows: list[tuple[str, Item]]) -> Made:
     task = bench.task
     names = [task.options(item.record) for _, item in rows]
     said = [[statement(task, name) for name in own] for own in names]
     scored = said if run.option_form == "answer" else [task.option_texts(item.record) for _, item in rows]
-    ids = [[encode_answer(text, run.tokenizer) for text in own] for own in scored]
+    templates = [run.templates[label] for label, _ in rows]
+    ids = [[t.option_ids(text, run.tokenizer) for text in own] for t, own in zip(templates, scored, strict=True)]
     plan = [run.wearers[label] for label, _ in rows]
     prompts = [item.ids for _, item in rows]
     each = option_scores_each(
@@ -317,7 +253,7 @@ def _right(rows: Sequence[Mapping[str, Any]], task: Task, protocol: Protocol) ->
 def _with_earlier(
     earlier: Sequence[Cell],
     report: Report,
-    benches: Sequence[_Bench],
+    benches: Sequence[PreparedTask],
     protocol: Protocol,
     log: Log,
     settings: Mapping[str, Any],
@@ -339,7 +275,7 @@ def _with_earlier(
 
 
 def _report(
-    benches: list[_Bench], wearers: dict[str, Worn], protocol: Protocol, log: Log, settings: Mapping[str, Any]
+    benches: list[PreparedTask], wearers: dict[str, Worn], protocol: Protocol, log: Log, settings: Mapping[str, Any]
 ) -> Report:
     cells, right = [], {}
     for label in wearers:
@@ -358,7 +294,7 @@ def _report(
                     high=high,
                     no_answer=found.no_answer,
                     truncated=found.truncated or 0,
-                    shortened=sum(i.cut for i in bench.items),
+                    shortened=sum(i.cut for i in bench.prompts[label]),
                     seconds=sum(r["seconds"] for r in rows),
                 )
             )

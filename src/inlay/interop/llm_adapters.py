@@ -1,7 +1,8 @@
 """Folders of the LLM-Adapters fork: LoRA, series and parallel bottlenecks. Hu et al. 2023, arXiv:2304.01933.
 
 A folder holds `adapter_config.json` and `adapter_model.bin`, a torch pickle of which only tensors are read. Prefix,
-prompt and P-tuning folders are those of HF PEFT, which the fork grew from.
+prompt and P-tuning folders are those of HF PEFT, which the fork grew from; BLOOM's prefix has the layout of that time
+(`peft_vectors.bloom_before_2024`).
 """
 
 from __future__ import annotations

@@ -42,9 +42,10 @@ class Factors:
 
 
 def worn_by_path(host: Host, name: str) -> dict[str, list[Worn]]:
-    """Module path -> the adapter's places on it: one, or several parts of a fused projection. Tensors on the CPU."""
+    """Module path -> the adapter's places on it: one, or several parts of a fused projection. Tensors on the CPU.
+    Expert parameters are no modules and left out (see `inlay.interop.peft_experts`)."""
     found: dict[str, list[Worn]] = {}
-    for site in (s for s in host.sites.values() if name in s.places):
+    for site in (s for s in host.sites.values() if name in s.places and s.spot.parameter is None):
         w = {k: v.detach().float().cpu() for k, v in site.tensors(name).items()}
         found.setdefault(site.spot.path, []).append((site.spot, site.places[name], w))
     return found

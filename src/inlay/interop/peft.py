@@ -15,6 +15,7 @@ from inlay.core.errors import InlayError, unknown
 from inlay.core.host import Host
 from inlay.interop import peft_lora, peft_products, peft_vectors
 from inlay.interop.low_rank import factorise, widest
+from inlay.interop.peft_experts import modules_only, parameter_paths, unwrapped
 from inlay.interop.peft_folder import Found, Tensors, free_name, hang, read_config, read_tensors, write_folder
 from inlay.interop.peft_row import Dumped, Row, fill_places, layer_kind
 
@@ -72,6 +73,8 @@ def load(
 def _load(host: Host, folder: Path, config: Mapping[str, Any], tensors: Tensors, name: str | None, row: Row) -> str:
     check_settings(folder, config, row)
     found = sort_tensors(folder, config, tensors, row)
+    if "target_parameters" in row.fields:
+        found = unwrapped(host, found)
     if row.names:
         check_modules(host, found, row)
     loaded = row.load(found)
@@ -124,12 +127,13 @@ def sort_tensors(folder: Path, config: Mapping[str, Any], tensors: Tensors, row:
 def check_modules(host: Host, found: Found, row: Row) -> None:
     """The file's modules must be this model's, and those that `target_modules` names: no more and no fewer."""
     modules = bare_modules(host.model)
-    if lost := sorted(set(found.places) - set(modules)):
+    places = {p: t for p, t in found.places.items() if p not in parameter_paths(host)}
+    if lost := sorted(set(places) - set(modules)):
         raise found.error(
             f"this model, a {host.anatomy.family} of {host.anatomy.layers} layers, has no module {lost[0]!r} "
             f"({len(lost)} such)"
         )
-    for path, t in found.places.items():
+    for path, t in places.items():
         kind = layer_kind(modules[path])
         if kind not in row.layers:
             raise found.error(f"{row.type} at {path}, a {kind}, is not read; it may stand on {', '.join(row.layers)}")
@@ -138,12 +142,12 @@ def check_modules(host: Host, found: Found, row: Row) -> None:
     if found.setting("target_modules") is None:
         return
     named = {p for p, m in modules.items() if layer_kind(m) in row.layers and targeted(found.config, p, m, host.model)}
-    if extra := sorted(set(found.places) - named):
+    if extra := sorted(set(places) - named):
         raise found.error(
             f"target_modules={found.config['target_modules']!r} does not name {extra[0]} ({len(extra)} such), for "
             "which the file has tensors"
         )
-    if missing := sorted(named - set(found.places)):
+    if missing := sorted(named - set(places)):
         raise found.error(
             f"target_modules names {missing[0]} ({len(missing)} such), but the file has no tensors for it"
         )
@@ -205,6 +209,8 @@ def write(host: Host, name: str, folder: str | Path, format: str = "peft", rank:
             f"PEFT has no method for {edit.kind!r} ({name!r}); it has: {', '.join(sorted(BY_KIND))}. Use inlay.save"
         )
     row = BY_KIND[edit.kind]
+    if "target_parameters" not in row.fields or edit.kind == "dora":
+        modules_only(host, name, f"PEFT has no {edit.kind} there")
     dumped = row.dump(host, name)
     modules = bare_modules(host.model)
     for path in dumped.places:
@@ -214,12 +220,15 @@ def write(host: Host, name: str, folder: str | Path, format: str = "peft", rank:
                 f"it may stand on {', '.join(row.layers)}"
                 + (". Format 'vllm' writes it as a LoRA" if row.type in ("LOHA", "LOKR") else "")
             )
-    tensors = {f"{PREFIX}{p}.{k}": v for p, t in dumped.places.items() for k, v in t.items()} | dumped.top
+    places = {**dumped.places, **dumped.wrapped}
+    tensors = {f"{PREFIX}{p}.{k}": v for p, t in places.items() for k, v in t.items()} | dumped.top
     return Written(write_folder(Path(folder), _config(host, row, dumped), tensors), notes=dumped.notes)
 
 
 def _config(host: Host, row: Row, dumped: Dumped) -> dict[str, Any]:
     fields = dict(dumped.fields)
+    if dumped.wrapped and not dumped.places:
+        fields["target_modules"] = []  # null would let PEFT choose some
     if dumped.places:
         fields["target_modules"] = suffixes(host, set(dumped.places))
         if "feedforward_modules" in fields:
@@ -250,6 +259,7 @@ def suffixes(host: Host, paths: set[str]) -> list[str]:
 
 def write_vllm(host: Host, name: str, folder: Path, rank: int | None) -> Written:
     """A plain LoRA of one rank, its scales folded into B, for servers that read nothing else."""
+    modules_only(host, name, "vLLM serves LoRA at linears only")
     factors = factorise(host, name, rank)
     modules = bare_modules(host.model)
     for path in factors:

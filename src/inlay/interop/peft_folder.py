@@ -127,5 +127,5 @@ def free_name(host: Host, folder: Path, name: str | None) -> str:
 
 
 def paths_of(host: Host, name: str) -> dict[str, str]:
-    """Module path -> place key, over the places of an adapter that stand on whole modules."""
-    return {s.spot.path: key for key, s in host.sites.items() if name in s.places and s.spot.part is None}
+    """Module (or expert parameter) path -> place key, over the places of an adapter that stand on whole ones."""
+    return {s.spot.full_path: key for key, s in host.sites.items() if name in s.places and s.spot.part is None}

@@ -13,9 +13,20 @@ from torch.nn.functional import pad
 
 from inlay.core.host import Host
 from inlay.core.start import frozen_weight
-from inlay.interop.low_rank import Factors, factorise, spread_rows, whole_place, widest, worn_by_path
+from inlay.interop.low_rank import Factors, factorise, spread_rows, whole_place, worn_by_path
+from inlay.interop.peft_experts import expert_factors, shortest, wrapped
 from inlay.interop.peft_folder import Found, Tensors
-from inlay.interop.peft_row import Dumped, Loaded, Row, fill_places, layer_kind, need, number, plain_worn
+from inlay.interop.peft_row import (
+    Dumped,
+    Loaded,
+    Row,
+    embedding_scale,
+    fill_places,
+    layer_kind,
+    need,
+    number,
+    plain_worn,
+)
 from inlay.methods import method
 
 PLAIN_STARTS = (True, "true", False, "false", "gaussian", "eva", "orthogonal")
@@ -53,7 +64,7 @@ def load_lora(found: Found) -> Loaded:
         )
     kind = "dora" if found.setting("use_dora") else "lora"
     need(found, {"A", "B", "m"} if kind == "dora" else {"A", "B"})
-    at = ranks_and_scales(found, {p: t["A"].shape[0] for p, t in found.places.items()}, "lora_alpha")
+    at = ranks_and_scales(found, {p: t["A"].shape[-2] for p, t in found.places.items()}, "lora_alpha")
     rank, rs = max(r for r, _ in at.values()), bool(found.setting("use_rslora"))
     scale = Counter(s for _, s in at.values()).most_common(1)[0][0]
     alpha = scale * (rank**0.5 if rs else rank)
@@ -66,6 +77,8 @@ def load_lora(found: Found) -> Loaded:
         "rank_stabilised": rs,
     }
     if start == "pissa":
+        if found.setting("target_parameters"):
+            raise found.error("PiSSA on target_parameters is not read: PEFT starts it nowhere but at linears")
         if len(set(at.values())) > 1 or kind == "dora":
             raise found.error(
                 "PiSSA with several ranks or with DoRA is not read; convert it to a plain LoRA with PEFT first"
@@ -80,15 +93,22 @@ def load_lora(found: Found) -> Loaded:
         made = {"A": pad(t["A"], (0, 0, 0, more)), "B": pad(B, (0, more))} if more else {"A": t["A"], "B": B}
         return made | ({"m": t["m"].flatten()} if kind == "dora" else {})
 
-    def from_base(host: Host, name: str) -> dict[str, Tensor]:
-        s = float(host.edits[name].scale)  # type: ignore[attr-defined]
-        return fill_places(
-            host, name, found, lambda path, t: here(path, t) | principal(host.model.get_submodule(path), rank, s)
-        )
+    def values(host: Host, name: str) -> dict[str, Tensor]:
+        modules = dict(host.model.named_modules())
 
-    if start == "pissa":
-        return Loaded(edit, values=from_base)
-    return Loaded(edit, here=here)
+        def with_base(path: str, t: Tensors) -> Tensors:
+            own = here(path, t)
+            if (layer := modules.get(path)) is None:  # a parameter of experts
+                return own
+            if (factor := embedding_scale(layer)) != 1:
+                own["B"] = own["B"] * factor
+            if start == "pissa":
+                own |= principal(layer, rank, float(host.edits[name].scale))  # type: ignore[attr-defined]
+            return own
+
+        return fill_places(host, name, found, with_base)
+
+    return Loaded(edit, values=values)
 
 
 def principal(layer: nn.Module, rank: int, scale: float) -> Tensors:
@@ -105,29 +125,38 @@ def principal(layer: nn.Module, rank: int, scale: float) -> Tensors:
 def dump_lora(host: Host, name: str) -> Dumped:
     """LoRA as it is; PiSSA as a plain LoRA of rank 2 r, as PEFT's own converter writes it."""
     edit: Any = host.edits[name]
-    factors = factorise(host, name)
-    rank = widest(factors)
+    factors, experts = factorise(host, name), expert_factors(host, name)
+    rank = max(f.rank for f in (*factors.values(), *(f for each in experts.values() for f in each)))
     scale = edit.scale
     rs = edit.rank_stabilised
     alpha = edit.alpha if rank == edit.rank else scale * (rank**0.5 if rs else rank)
     fields = {
         "r": rank,
         "lora_alpha": number(alpha),
-        "lora_dropout": edit.dropout,
+        "lora_dropout": 0.0 if experts else edit.dropout,
         "use_rslora": rs,
         "use_dora": False,
         "init_lora_weights": True,
         "bias": "none",
     }
+    if experts:
+        fields["target_parameters"] = shortest(host, set(experts))
     places = {path: _padded(f, rank, host, path) for path, f in factors.items()}
-    notes = (f"PiSSA written as a plain LoRA of rank {rank}",) if edit.init == "pissa" else ()
-    return Dumped(fields, places, notes=notes)
+    notes = [f"PiSSA written as a plain LoRA of rank {rank}"] if edit.init == "pissa" else []
+    if experts and edit.dropout:
+        notes.append(f"dropout {edit.dropout} (training only) is not written: PEFT has none on target_parameters")
+    if experts and edit.experts != "separate":
+        notes.append("factors that experts share are written once for each expert: PEFT's are separate")
+    return Dumped(fields, places, notes=tuple(notes), wrapped=wrapped(host, name, experts, rank))
 
 
 def _padded(f: Factors, rank: int, host: Host, path: str) -> Tensors:
     A, B = pad(f.A, (0, 0, 0, rank - f.rank)), pad(f.B, (0, rank - f.rank))
-    embed = hasattr(host.model.get_submodule(path), "num_embeddings")
-    return {"lora_embedding_A": A, "lora_embedding_B": B} if embed else {"lora_A.weight": A, "lora_B.weight": B}
+    layer = host.model.get_submodule(path)
+    embed = layer_kind(layer) == "embedding"
+    if embed:
+        return {"lora_embedding_A": A, "lora_embedding_B": B / embedding_scale(layer)}
+    return {"lora_A.weight": A, "lora_B.weight": B}
 
 
 def dump_dora(host: Host, name: str) -> Dumped:
@@ -235,7 +264,7 @@ def dump_adalora(host: Host, name: str) -> Dumped:
 
 LORA_FIELDS = frozenset(
     "r lora_alpha lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern fan_in_fan_out "
-    "eva_config".split()
+    "eva_config target_parameters".split()
 )
 SCHEDULE = frozenset("target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step".split())
 ROWS = (
@@ -263,6 +292,6 @@ ROWS = (
         load=load_adalora,
         dump=dump_adalora,
         names={"lora_A": "Q", "lora_B": "P", "lora_E": "E"},
-        fields=(LORA_FIELDS - {"use_dora", "use_rslora", "alpha_pattern"}) | SCHEDULE,
+        fields=(LORA_FIELDS - {"use_dora", "use_rslora", "alpha_pattern", "target_parameters"}) | SCHEDULE,
     ),
 )

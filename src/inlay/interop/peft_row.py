@@ -40,6 +40,8 @@ class Dumped:
     places: Mapping[str, Tensors] = field(default_factory=dict)
     top: Tensors = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    wrapped: Mapping[str, Tensors] = field(default_factory=dict)
+    """Tensors on expert parameters, by module path with a level for each wrapper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,22 @@ def layer_kind(layer: nn.Module) -> str:
     if hasattr(layer, "nf"):
         return "conv1d"
     return "linear" if hasattr(layer, "in_features") else type(layer).__name__
+
+
+def embedding_scale(layer: nn.Module) -> float:
+    """Return the factor by which an embedding scales its output (Gemma: sqrt(hidden)), 1 for other layers.
+
+    PEFT multiplies a LoRA at such an embedding by it as well (`_get_embed_scale`); an edit here adds to the output as
+    it is, so files hold B divided by this factor. Raises InlayError for a factor that is not one number.
+    """
+    scale = getattr(layer, "embed_scale", None)
+    if scale is None or layer_kind(layer) != "embedding":
+        return 1.0
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise InlayError(
+            f"{type(layer).__name__} scales its output by {tuple(scale.shape)} factors; PEFT knows only one"
+        )
+    return float(scale)
 
 
 def need(found: Found, *sets: set[str]) -> None:

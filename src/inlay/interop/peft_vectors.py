@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.interop.low_rank import spread_rows, whole_place, worn_by_path
@@ -120,8 +121,7 @@ def dump_prompt(host: Host, name: str) -> Dumped:
 
 def settings_of(host: Host) -> Any:
     """The text decoder's config."""
-    config: Any = host.model.config
-    return config.get_text_config()
+    return text_config(host.model.config)
 
 
 def _shape(host: Host, tokens: int) -> dict[str, Any]:
@@ -147,6 +147,30 @@ def check_keys(host: Host) -> None:
             )
 
 
+def bloom_before_2024(table: Tensor, layers: int, heads: int) -> Tensor:
+    """Return a BLOOM prefix (n, 2 layers width) of LLM-Adapters, or of PEFT until transformers' change 31445, as PEFT
+    lays it out since: there blocks 0 .. layers - 1 are keys and the others values, and the keys of a block, (n, heads,
+    d) in memory, were read as (heads, d, n).
+    """
+    n = len(table)
+    keys, values = table.unflatten(1, (2, layers, -1)).unbind(1)  # (n, layers, width) each
+    keys = keys.transpose(0, 1).reshape(layers, heads, -1, n).permute(3, 0, 1, 2).reshape(n, layers, -1)
+    return torch.stack([keys, values], 2).flatten(1)
+
+
+def is_bloom_before_2024(found: Found, family: str) -> bool:
+    """Tell the layout of a BLOOM prefix from the fields that only older or newer PEFT writes. Raises InlayError where
+    a file may be of either: PEFT of 2023 to 2025, which does not name its version."""
+    if family != "bloom" or found.setting("peft_version") or "encoder_hidden_size" not in found.config:
+        return False
+    if {"revision", "auto_mapping"} & set(found.config):
+        raise found.error(
+            "a BLOOM prefix has another layout if it was trained with transformers before 4.43, and this file does not "
+            "say so; save it again with peft 0.18 or newer, which writes its version"
+        )
+    return True
+
+
 def load_prefix(found: Found) -> Loaded:
     """(n, 2 layers width): column block 2l is the keys of layer l, 2l + 1 its values."""
     layers = found.setting("num_layers")
@@ -161,7 +185,9 @@ def load_prefix(found: Found) -> Loaded:
         check_keys(host)
         if host.anatomy.layers != layers:
             raise found.error(f"a prefix of {layers} layers does not fit this model of {host.anatomy.layers}")
-        cut = table.unflatten(1, (layers, 2, -1))
+        old = is_bloom_before_2024(found, host.anatomy.family)
+        whole = bloom_before_2024(table, layers, found.setting("num_attention_heads")) if old else table
+        cut = whole.unflatten(1, (layers, 2, -1))
         return {f"{i}.{role}/table": cut[:, i, j] for i in range(layers) for j, role in enumerate("kv")}
 
     return Loaded(edit, values=values, at=["k", "v"])

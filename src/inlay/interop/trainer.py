@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 
 from inlay.api import save
 from inlay.compat.trl import is_trl
-from inlay.core.edit import Edit
 from inlay.core.errors import InlayError, unknown
 from inlay.core.files import replace_file
 from inlay.core.fingerprint import fingerprint
@@ -44,7 +43,7 @@ class AdapterCallback(TrainerCallback):
         self.host, self.name, self.edit = host, name, host.edits[name]
         self.state: dict[str, torch.Tensor] = {}
         self._base = fingerprint(host)  # now: a trainer may spread the base over processes
-        self._penalised = type(self.edit).penalty is not Edit.penalty
+        self._penalised = self.edit.has_penalty
         self._unchecked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ class AdapterCallback(TrainerCallback):
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
         if state.global_step and file.is_file():
             self.state = {k: v.to(self.host.device) for k, v in load_file(file).items()}
-        elif state.global_step and type(self.edit).after_step is not Edit.after_step:
+        elif state.global_step and self.edit.has_after_step:
             raise InlayError(
                 f"the state of {self.edit.kind} is missing: no {file}; resume from a checkpoint in output_dir"
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay.core.errors import InlayError
 from inlay.knowledge.settings import KnowSettings, KnowTrainSettings
+from inlay.threads import ThreadSettings
 
 if TYPE_CHECKING:
     from rich.table import Table as Shown
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from inlay.knowledge.measure import MeasureSettings
     from inlay.knowledge.slick import Known
     from inlay.knowledge.table import Table
+    from inlay.knowledge.wording import Wording
     from inlay.train.fitting import RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class HowSettings:
-    """How answers are asked for and compared."""
+class AnswerSettings:
+    """How answers are asked for and compared, but for the template."""
 
     space: str = "embed"
     """Where features live: `embed` (input embeddings of the answer's tokens) or `hidden:<layer>` of the bare base."""
@@ -37,17 +39,15 @@ class HowSettings:
     present: Literal["greedy", "soft"] = "greedy"
     """What stands for what the model says now: its free-running `greedy` answer, or what it expects along that answer
     (`soft`: mean embeddings under its probabilities). Exact match is the greedy answer's either way."""
-    template: str = "{prompt}"
-    """The text before the answer; {prompt} is the item's."""
     lead: str | None = None
-    """Between prompt and answer: by default a blank, or nothing where the tokenizer puts one itself."""
+    """Between prompt and answer: by default a blank, or nothing where the tokenizer or a chat template puts one."""
     answer_tokens: int | None = None
     """Most tokens of an answer; the longest target and 8 more if not given."""
     answer_batch: int = 128
     """Rows decoded at a time."""
 
     def made(self) -> MeasureSettings:
-        """The settings that `measure` takes."""
+        """The settings that `measure` takes, with the usual wording."""
         from inlay.knowledge.feature import Space
         from inlay.knowledge.measure import MeasureSettings
         from inlay.knowledge.wording import Wording
@@ -56,14 +56,37 @@ class HowSettings:
             space=Space(self.space, self.pool, self.center),
             metric=self.metric,
             present=self.present,
-            wording=Wording(template=self.template.replace("\\n", "\n"), lead=self.lead),
+            wording=Wording(lead=self.lead),
             max_new_tokens=self.answer_tokens,
             batch_size=self.answer_batch,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureFlags:
+class HowSettings(AnswerSettings):
+    """How answers are asked for and compared."""
+
+    template: str | None = None
+    """How an item becomes a prompt: chat (the tokenizer's own chat template), alpaca, none (as it is), a FILE (a Jinja
+    chat template, or a text with {instruction}), or a text with {prompt} in it. If not given: chat if the tokenizer has
+    one, else none."""
+
+    def made(self) -> MeasureSettings:
+        """As `AnswerSettings.made`; the template is only checked."""
+        from inlay.knowledge.wording import check_wording
+
+        check_wording(self.template)
+        return super().made()
+
+    def worded(self, measure: MeasureSettings, tokenizer: Any) -> MeasureSettings:
+        """Those settings with the wording for this tokenizer."""
+        from inlay.knowledge.wording import wording_for
+
+        return dataclasses.replace(measure, wording=wording_for(self.template, tokenizer, self.lead))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureFlags(ThreadSettings):
     """Measure a base's knowledge of items."""
 
     model: str
@@ -89,12 +112,14 @@ class MeasureFlags:
 def run_measure(s: MeasureFlags) -> tuple[Table, Path]:
     """(the table, its folder)."""
     import inlay
+    from inlay.core.files import cache_folder
     from inlay.knowledge.items import read_items
-    from inlay.knowledge.measure import cache_folder, measure
+    from inlay.knowledge.measure import measure
 
     how, items = s.how.made(), read_items(s.items, s.split)
     model, tokenizer = inlay.load_base(s.model, s.dtype, s.device)
     kept = cache_folder("tables") if s.cache else None
+    how = s.how.worded(how, tokenizer)
     table = measure(inlay.attach(model), tokenizer, items, how, cache=kept, progress=s.progress)
     return table, table.save(s.out)
 
@@ -119,7 +144,7 @@ def shown(table: Table) -> Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlickFlags:
+class SlickFlags(ThreadSettings):
     """Tell how well a base knows items."""
 
     model: str
@@ -167,6 +192,7 @@ def run_slick(s: SlickFlags) -> list[Known]:
     )
     items, pool = read_items(s.items, s.split), read_items(s.items)
     model, tokenizer = inlay.load_base(s.model, s.dtype, s.device)
+    how = dataclasses.replace(how, measure=s.how.worded(how.measure, tokenizer))
     known = slick(inlay.attach(model), tokenizer, items, how, pool=pool, progress=s.progress)
     write_text(s.out, json.dumps({k.id: k.category for k in known}, indent=1, ensure_ascii=False) + "\n")
     return known
@@ -194,7 +220,7 @@ class WatchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchFlags(KnowTrainSettings):
+class WatchFlags(KnowTrainSettings, ThreadSettings):
     """Train on items, with or without filter and weights, and watch all items of split `train`."""
 
     know: KnowSettings = field(default_factory=KnowSettings)
@@ -207,7 +233,7 @@ class WatchFlags(KnowTrainSettings):
     """Replace the run in that folder."""
     watch: WatchSettings = field(default_factory=WatchSettings)
     """What is watched, and how often."""
-    how: HowSettings = field(default_factory=HowSettings)
+    how: AnswerSettings = field(default_factory=AnswerSettings)
     """How answers are asked for and compared; the wording is the table's where there is one."""
 
 
@@ -221,11 +247,23 @@ def measured(folder: Path, items: list[Item], how: MeasureSettings) -> Table | N
     return table if same else None
 
 
+def _wording(s: WatchFlags) -> Wording:
+    """The table's wording, or the one that was asked for."""
+    from inlay.knowledge.training import wording_of
+    from inlay.knowledge.wording import check_wording, wording_for
+    from inlay.models.base import load_tokenizer
+
+    check_wording(s.data.template)
+    if s.know.table is not None:
+        return wording_of(s.know.table)
+    return wording_for(s.data.template, load_tokenizer(s.model), s.how.lead)
+
+
 def run_watch(s: WatchFlags) -> RunResult:
     """Train as `inlay train` does, with a tracker of all items."""
     from inlay.knowledge.items import read_items
     from inlay.knowledge.track import Tracker, TrackSettings
-    from inlay.knowledge.training import plan, wording_of
+    from inlay.knowledge.training import plan
     from inlay.train.run import Lesson, Teach, train
 
     if s.know.items is None:
@@ -236,8 +274,7 @@ def run_watch(s: WatchFlags) -> RunResult:
     if both := {i.id for i in items} & {i.id for i in kept}:
         raise InlayError(f"{len(both)} items are trained on and to be retained, such as {min(both)!r}; leave them out")
     w, how = s.watch, s.how.made()
-    if s.know.table is not None:
-        how = dataclasses.replace(how, wording=wording_of(s.know.table))
+    how = dataclasses.replace(how, wording=_wording(s))
     table = measured(s.know.table, items, how) if s.know.table is not None else None
     track = TrackSettings(
         measure=how, snapshots=w.snapshots, at=w.at_steps, budget=w.budget, probes=w.probes, probe_every=w.probe_every,

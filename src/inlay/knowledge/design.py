@@ -11,6 +11,7 @@ import numpy as np
 from inlay.core.errors import InlayError, unknown
 from inlay.knowledge.select import select_subset
 from inlay.methods import method
+from inlay.threads import ThreadSettings
 
 if TYPE_CHECKING:
     from inlay.knowledge.settings import KnowSettings
@@ -173,7 +174,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings:
+class StudySettings(ThreadSettings):
     """A study on the toy world: families x methods x regimes x seeds, remedies with their controls, interference."""
 
     out: Path

@@ -1,7 +1,7 @@
 """Semantic distance between knowledge features.
 
-Definitions are ours; that distance is taken between the model's answer and the right one is the paper's (Wang & Li,
-"Semantic are Beacons", Findings of ACL 2024, abstract and captions). See docs/knowledge.md for what is whose.
+The subject is that of "Semantic are Beacons" (Wang & Li, Findings of ACL 2024). The definitions are ours; that distance
+is taken between the model's answer and the right one is second-hand. docs/knowledge.md grades each statement.
 """
 
 from __future__ import annotations

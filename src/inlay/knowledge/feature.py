@@ -1,8 +1,8 @@
 """Knowledge features: a vector for what an answer means, by default the mean of its tokens' input embeddings.
 
 Features come from the bare base, so that an encoder that is being trained cannot feign progress; only `predict:l` asks
-the model as it is. That embeddings, mean pooling and cosine are used is second-hand knowledge of the paper; the rest is
-ours (docs/knowledge.md).
+the model as it is. That embeddings and cosine are used is second-hand; mean pooling and the rest are ours
+(docs/knowledge.md).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from inlay.knowledge.items import Item, read_items
 from inlay.knowledge.measure import MeasureSettings
 from inlay.knowledge.report import SCHEMA, build
 from inlay.knowledge.trial import Practice
+from inlay.knowledge.wording import check_wording, wording_for
 from inlay.methods import method
+from inlay.threads import ThreadSettings
 from inlay.train.settings import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterfereSettings:
+class InterfereSettings(ThreadSettings):
     """What is tried."""
 
     model: str
@@ -54,6 +57,10 @@ class InterfereSettings:
     """Items of the gradient and influence matrices; 0: none."""
     after: int = 0
     """Steps of joint training before these matrices are taken; 0: at the adapter's start."""
+    template: str | None = None
+    """How an item becomes a prompt: chat (the tokenizer's own chat template), alpaca, none (as it is), a FILE (a Jinja
+    chat template, or a text with {instruction}), or a text with {prompt} in it. If not given: chat if the tokenizer has
+    one, else none."""
     space: str = "embed"
     """Where distances are measured: embed or hidden:<layer>."""
     seed: int = 0
@@ -108,10 +115,12 @@ def run(s: InterfereSettings) -> tuple[Path, dict[str, Any]]:
     import inlay
 
     ways = practices(s)
+    check_wording(s.template)
     measure = MeasureSettings(space=Space(s.space))
     items = read_items(s.items)
     spare = read_items(s.retention) if s.retention is not None else items
     base, tokenizer = inlay.load_base(s.model, device=s.device)
+    measure = dataclasses.replace(measure, wording=wording_for(s.template, tokenizer))
     host = inlay.attach(base)
     made: list[dict[str, Any]] = []
     for name, practice in ways.items():

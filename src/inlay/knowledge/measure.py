@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +82,9 @@ def answers(
         plan: the adapter worn; None is the bare base.
         progress: what the progress bar is called; none is shown without.
     """
-    how = GenerateSettings(max_new_tokens=limit, batch_size=settings.batch_size, stop=settings.wording.stop)
+    how = GenerateSettings(
+        max_new_tokens=limit, batch_size=settings.batch_size, stop=settings.wording.stops(host, tokenizer)
+    )
     found = [""] * len(prompts)
     with bar(bool(progress)) as shown:
         mark = shown.add_task(progress, total=len(prompts))
@@ -211,10 +212,12 @@ def _table(
         "features": targets.target.numpy(),
         "answer_features": mine.numpy(),
     }
+    form = getattr(host.model.config, "base_form", None)
     about = {
         "schema": SCHEMA,
         "key": key,
         "model": getattr(host.model.config, "_name_or_path", "") or host.anatomy.family,
+        **({"base_form": form} if form else {}),
         "items": items_digest(items),
         "settings": dataclasses.asdict(settings),
         "mean": None if targets.mean is None else targets.mean.tolist(),
@@ -238,6 +241,8 @@ def table_key(host: Host, tokenizer: Any, items: Sequence[Item], settings: Measu
     """SHA-256 over base, tokenisation of the items, items and settings: tables of one key are equal."""
     plain = dataclasses.asdict(settings)
     plain.pop("batch_size")
+    if settings.wording.chat is None:  # keys of before there was a choice
+        del plain["wording"]["chat"]
     wording = settings.wording
     tokens = [
         wording.prompts(tokenizer, [i.prompt for i in items]),
@@ -245,10 +250,3 @@ def table_key(host: Host, tokenizer: Any, items: Sequence[Item], settings: Measu
     ]
     told = [SCHEMA, base_digest(host), items_digest(items), plain, hashlib.sha256(repr(tokens).encode()).hexdigest()]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder(*parts: str) -> Path:
-    """A folder of the user's cache: `$INLAY_CACHE`, else `inlay` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("INLAY_CACHE")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlay"
-    return root.joinpath(*parts)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import InlayError, unknown
-from inlay.core.files import new_folder
+from inlay.core.files import cache_folder, new_folder
 from inlay.evaluate.bar import bar
-from inlay.knowledge.measure import MeasureSettings, answers, cache_folder
+from inlay.knowledge.measure import MeasureSettings, answers
 from inlay.knowledge.wording import alike
 from inlay.knowledge.world import World, tokenizer, words
 from inlay.train.loop import seed_everything

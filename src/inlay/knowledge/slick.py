@@ -7,6 +7,7 @@ at T = 0.5 each.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,9 @@ def slick(
     Raises InlayError where a relation has too few items to draw examples from.
     """
     settings = settings or SlickSettings()
-    prompts = [p for item in items for p in few_shot(item, pool or items, settings, tokenizer)]
+    dialogues = settings.measure.wording.chat is not None
+    shots: Any = few_shot_dialogues if dialogues else functools.partial(few_shot, tokenizer=tokenizer)
+    prompts = [p for item in items for p in shots(item, pool or items, settings)]
     limit = answer_limit(tokenizer, items, settings.measure)
     owner = [item for item in items for _ in range(settings.prompts)]
     with bar(progress) as shown:
@@ -116,19 +119,35 @@ def slick(
 def few_shot(item: Item, pool: Sequence[Item], settings: SlickSettings, tokenizer: Any) -> list[str]:
     """The texts of an item's prompts: examples with their answers, then its own question."""
     wording = settings.measure.wording
+    lead = leading(tokenizer) or " " if wording.lead is None else wording.lead
+    made = []
+    for examples in _examples(item, pool, settings):
+        shown = [wording.ask(i.prompt) + lead + i.target for i in examples]
+        made.append(settings.between.join([*shown, wording.ask(item.prompt)]))
+    return made
+
+
+def few_shot_dialogues(item: Item, pool: Sequence[Item], settings: SlickSettings) -> list[list[dict[str, str]]]:
+    """An item's prompts as messages of a chat: examples asked and answered, then its own question."""
+    ask = settings.measure.wording.ask
+    made = []
+    for examples in _examples(item, pool, settings):
+        turns = [("user", ask(i.prompt), "assistant", i.target) for i in examples]
+        messages = [{"role": role, "content": text} for a, b, c, d in turns for role, text in ((a, b), (c, d))]
+        made.append([*messages, {"role": "user", "content": ask(item.prompt)}])
+    return made
+
+
+def _examples(item: Item, pool: Sequence[Item], settings: SlickSettings) -> list[list[Item]]:
+    """The examples of each of an item's prompts, drawn from its relation."""
     others = [i for i in pool if i.relation == item.relation and i.id != item.id]
     if len(others) < settings.shots:
         raise InlayError(
             f"item {item.id!r}: {settings.shots} examples are wanted and relation {item.relation!r} has {len(others)} "
             "other items; give a larger pool, or fewer shots"
         )
-    lead = leading(tokenizer) or " " if wording.lead is None else wording.lead
     draw = random.Random(f"{settings.seed}-{item.id}")
-    made = []
-    for _ in range(settings.prompts):
-        shown = [wording.ask(i.prompt) + lead + i.target for i in draw.sample(others, settings.shots)]
-        made.append(settings.between.join([*shown, wording.ask(item.prompt)]))
-    return made
+    return [draw.sample(others, settings.shots) for _ in range(settings.prompts)]
 
 
 def shares(known: Sequence[Known]) -> dict[str, float]:
@@ -148,21 +167,23 @@ def shifts(before: Sequence[Known], after: Sequence[Known]) -> Mapping[tuple[str
 
 
 def _right(
-    host: Host, tokenizer: Any, prompts: list[str], owner: list[Item], settings: SlickSettings, limit: int,
+    host: Host, tokenizer: Any, prompts: list[Any], owner: list[Item], settings: SlickSettings, limit: int,
     plan: str | None, seeds: list[int] | None, told: Any,
 ) -> list[bool]:  # fmt: skip
     """Whether each answer is right; sampled, if there are seeds."""
     how = GenerateSettings(
         max_new_tokens=limit,
         batch_size=settings.measure.batch_size,
-        stop=settings.measure.wording.stop,
+        stop=settings.measure.wording.stops(host, tokenizer),
         temperature=settings.temperature if seeds is not None else 0.0,
     )
-    plain = Wording()  # these texts are whole prompts already
+    wording = settings.measure.wording
+    # Texts are whole prompts already; messages are not.
+    encode = Wording().prompts if wording.chat is None else wording.dialogues
     found = [False] * len(prompts)
     for at in range(0, len(prompts), AT_A_TIME):
         part = slice(at, at + AT_A_TIME)
-        ids = plain.prompts(tokenizer, prompts[part])
+        ids = encode(tokenizer, prompts[part])
         for done, _ in generate_each(host, tokenizer, ids, plan, how, seeds[part] if seeds is not None else None):
             for n, one in done.items():
                 found[at + n] = exact(answer_of(one.text), owner[at + n])

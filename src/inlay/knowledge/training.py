@@ -59,7 +59,7 @@ def plan(
         resolved = know if know.beta != "auto" else dataclasses.replace(know, beta=start, reduction=_auto(know))
         goal = objective(lesson.examples, resolved, start, host, tokenizer, x, run.seed, progress)
         told = {**lesson.facts, "know": {**lesson.facts.get("know", {}), **_told(know, start)}}
-        return Lesson(lesson.examples, lesson.val_examples, told, goal)
+        return dataclasses.replace(lesson, facts=told, objective=goal)
 
     return teach
 
@@ -80,21 +80,42 @@ class _Items:
 
     def __init__(self, settings: KnowTrainSettings, progress: bool, wording: Wording | None = None):
         from inlay.knowledge.items import read_items
+        from inlay.knowledge.wording import check_wording
 
         self.settings, self.know, self.progress = settings, settings.know, progress
         assert self.know.items is not None
         self.all = read_items(self.know.items, "train")
         self.items = self.all
         self.table = None if self.know.table is None else rows_of(self.know.table, self.all)
-        self.wording = wording_of(self.know.table) if self.know.table is not None or wording is None else wording
+        check_wording(settings.data.template)
+        self.given = wording
+
+    def wording(self, tokenizer: Any) -> Wording:
+        """How items are put to the base: as their table was measured, if there is one.
+
+        Raises:
+            InlayError: another template was asked for than the table's.
+        """
+        from inlay.knowledge.wording import wording_for
+
+        asked = self.settings.data.template
+        if self.know.table is None:
+            return self.given or wording_for(asked, tokenizer)
+        own = wording_of(self.know.table)
+        if asked is not None and wording_for(asked, tokenizer, own.lead).as_template() != own.as_template():
+            raise InlayError(
+                f"{self.know.table} was measured with another template than {asked!r}; leave the template out, or "
+                "measure the items with it"
+            )
+        return own
 
     def lesson(self, host: Host, tokenizer: Any) -> Lesson:
         from inlay.knowledge.controls import base_losses, choose, facts
         from inlay.knowledge.wording import examples
 
         know, table = self.know, self.table
-        pad = tokenizer.pad_token_id or 0
-        rows = examples(self.all, tokenizer, self.wording)
+        pad, wording = tokenizer.pad_token_id or 0, self.wording(tokenizer)
+        rows = examples(self.all, tokenizer, wording)
         told: dict[str, Any] = {"items": len(self.all)}
         if know.filter != "none" and table is not None:
             made = choose(
@@ -108,7 +129,8 @@ class _Items:
         asked = [dataclasses.replace(i, prompt=i.paraphrases[0]) for i in held]
         told = {**told, "validation_ids": [i.id for i in held]}
         files = file_facts([know.items, None if know.table is None else know.table / "table.parquet"])
-        return Lesson(rows, examples(asked, tokenizer, self.wording), {"files": files, "know": told})
+        held_rows = examples(asked, tokenizer, wording)
+        return Lesson(rows, held_rows, {"files": files, "know": told}, template=wording.as_template())
 
     def distances(self) -> Sequence[float] | None:
         """Of the items that are taught, in their order."""
@@ -194,7 +216,7 @@ def _right(settings: KnowTrainSettings, out: Path) -> float:
     model, tokenizer = load_base(settings.model, settings.run.dtype, str(place(settings.run.device)))
     host = attach(model)
     name = load(host, out / "adapter")
-    how = MeasureSettings(wording=source.wording)
+    how = MeasureSettings(wording=source.wording(tokenizer))
     said = answers(
         host,
         tokenizer,

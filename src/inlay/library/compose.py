@@ -108,6 +108,8 @@ class Loose:
 def compose(host: Host, name: str, text: str, hang: bool = False) -> Host:
     """Make an adapter of adapters that the host has; they stay, and later changes of theirs do not reach it.
 
+    It is asked by the template that its parts were trained with, where they all were trained with the same.
+
     Args:
         text: see the head of this file.
         hang: hang it, so that it can be saved, merged and trained on; otherwise it is only worn (`Host.shelve`).
@@ -115,11 +117,22 @@ def compose(host: Host, name: str, text: str, hang: bool = False) -> Host:
     Raises:
         InlayError: what cannot be composed, with the reason.
     """
-    made = _build(host, parse(text))
-    if not hang:
-        return host.keep(name, made.edit, made.at, made.tensors)
-    host.add(name, made.edit, at=made.at)
-    return host.fill(name, made.tensors)
+    node = parse(text)
+    made = _build(host, node)
+    if hang:
+        host.add(name, made.edit, at=made.at)
+        host.fill(name, made.tensors)
+    else:
+        host.keep(name, made.edit, made.at, made.tensors)
+    templates = [host.templates.get(leaf) for leaf in leaves(node)]
+    if templates[0] is not None and all(t == templates[0] for t in templates):
+        host.templates[name] = templates[0]
+    return host
+
+
+def leaves(node: Node) -> list[str]:
+    """The adapters that a composition names."""
+    return [name for _, part in node.parts for name in leaves(part)] if node.parts else [node.name]
 
 
 def _build(host: Host, node: Node) -> Loose:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inlay.core.errors import InlayError
 from inlay.interop.peft_folder import CONFIG
-from inlay.library.compose import Node, parse
+from inlay.library.compose import Node, leaves, parse
 from inlay.library.errors import BankError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
@@ -20,7 +20,7 @@ FILES = ("adapter.json", CONFIG)
 def parts(model: str) -> list[str]:
     """The adapters that `a`, `a+b` or a composition names."""
     if "(" in model:
-        return sorted(set(_leaves(_parsed(model))))
+        return sorted(set(leaves(_parsed(model))))
     names = model.split("+")
     if len(set(names)) < len(names):
         raise BankError(f"the model {model!r} names an adapter twice; name each once", "invalid")
@@ -45,10 +45,6 @@ def _parsed(model: str) -> Node:
         return parse(model)
     except (InlayError, RecursionError) as e:
         raise BankError(f"the model {model!r} cannot be read: {e}", "invalid") from e
-
-
-def _leaves(node: Node) -> list[str]:
-    return [name for _, part in node.parts for name in _leaves(part)] if node.parts else [node.name]
 
 
 def _rendered(node: Node, names: Mapping[str, str]) -> str:

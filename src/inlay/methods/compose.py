@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inlay.core.edit import Call, Edit, Weights, phases
@@ -53,6 +54,14 @@ class Composed(Edit):
     def draws(self) -> bool:
         return any(e.draws for e in self.edits)
 
+    @property
+    def has_penalty(self) -> bool:
+        return any(e.has_penalty for e in self.edits)
+
+    @property
+    def has_after_step(self) -> bool:
+        return any(e.has_after_step for e in self.edits)
+
     def tokenised(self, tokenizer: Any) -> Edit:
         return replace(self, edits=tuple(e.tokenised(tokenizer) for e in self.edits))
 
@@ -80,8 +89,35 @@ class Composed(Edit):
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {own_name(i, k): t for i, e in self.here(place) for k, t in e.weights(place).items()}
 
+    def shared_by_experts(self, place: Place) -> tuple[str, ...] | None:
+        found: list[str] = []
+        for i, edit in self.here(place):
+            shared = edit.shared_by_experts(place)
+            if shared is None:
+                return None
+            found += [own_name(i, k) for k in shared]
+        return tuple(found)
+
     def idle(self, call: Call, tokens: int) -> bool:
         return all(e.idle(call, tokens) for e in self.edits)
+
+    def _adapter(self, adapter: Mapping[str, Weights], part: int) -> dict[str, Weights]:
+        """A part's tensors at the places where it hangs (place key -> its own names)."""
+        return {key: self.own(w, part) for key, w in adapter.items() if key in self.where[part]}
+
+    def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
+        """Sum of the parts' penalties; the scales of a sum weigh outputs, not these."""
+        terms = [e.penalty(self._adapter(adapter, i)) for i, e in enumerate(self.edits) if e.has_penalty]
+        given = [t for t in terms if t is not None]
+        return torch.stack(given).sum() if given else None
+
+    def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
+        for i, edit in enumerate(self.edits):
+            if edit.has_after_step:
+                prefix = f"{i}:"
+                own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+                edit.after_step(self._adapter(adapter, i), step, total, own)
+                state.update({prefix + k: t for k, t in own.items()})
 
     def fold_parts(self, w: Weights, place: Place) -> list[tuple[int, Edit, Weights]]:
         """(part, its folded edit, tensors) of those that hang at a place."""

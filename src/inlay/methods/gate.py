@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,20 @@ class Gated(Edit):
     @property
     def draws(self) -> bool:
         return self.edit.draws
+
+    @property
+    def has_penalty(self) -> bool:
+        return self.edit.has_penalty
+
+    @property
+    def has_after_step(self) -> bool:
+        return self.edit.has_after_step
+
+    def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
+        return self.edit.penalty(adapter)
+
+    def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
+        self.edit.after_step(adapter, step, total, state)
 
     def _inner(self, place: Place) -> Place:
         if self.edit.wirings and self.edit.wiring_of(place) == "input":

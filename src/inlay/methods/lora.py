@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, embedding, linear
 
 from inlay.core.edit import Call, Edit, LowRank, Weights, overwrites
-from inlay.core.errors import InlayError
+from inlay.core.errors import InlayError, unknown
 from inlay.core.method import Method
 from inlay.core.place import Place
 from inlay.core.product import low_rank
@@ -22,6 +22,11 @@ from inlay.core.start import frozen_weight, kaiming
 def column(A: Tensor, ids: Tensor) -> Tensor:
     """A x for the one-hot x that ids stand for at an embedding."""
     return embedding(ids, A.T)
+
+
+Experts = Literal["separate", "shared", "shared-A"]
+SHARED: dict[str, tuple[str, ...]] = {"separate": (), "shared": ("A", "B"), "shared-A": ("A",)}
+"""What the experts of an expert parameter share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +51,19 @@ class LoRA(Edit):
     """Divide alpha by sqrt(rank) instead of rank."""
     init: Literal["zero", "pissa"] = "zero"
     """Start: B = 0, or the top singular triplets of the frozen weight."""
+    experts: Experts = "separate"
+    """At expert parameters: an A and a B for each expert, one A and one B for all of them, or one A and a B each."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InlayError(f"rank must be at least 1, not {self.rank}")
+        if self.experts not in SHARED:
+            raise unknown("setting of experts", self.experts, SHARED)
+        if self.init == "pissa" and self.experts != "separate":
+            raise InlayError("PiSSA starts at the weight of each expert: it cannot share factors; use experts=separate")
+
+    def shared_by_experts(self, place: Place) -> tuple[str, ...]:
+        return SHARED[self.experts]
 
     @property
     def scale(self) -> float:
@@ -72,16 +86,17 @@ class LoRA(Edit):
         return {"A": A, "B": B, "_A0": A.clone(), "_B0": B.clone()}
 
     def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
+        plain = PLAIN[self.experts]
         if "_A0" not in w:
-            return PLAIN, {"A": w["A"], "B": self.scale * w["B"]}
+            return plain, {"A": w["A"], "B": self.scale * w["B"]}
         A, B = torch.cat([w["A"], w["_A0"]]), torch.cat([w["B"], -w["_B0"]], 1)
-        return PLAIN, {"A": A, "B": self.scale * B}
+        return plain, {"A": A, "B": self.scale * B}
 
     def stacks(self, place: Place) -> bool:
         return place.role != "embed"
 
     def summed(self, parts: Sequence[tuple[float, Weights]]) -> Weights | None:
-        return side_by_side(parts) if self == PLAIN else None
+        return side_by_side(parts) if self == PLAIN[self.experts] else None
 
     def low_rank(self, w: Weights, call: Call) -> LowRank | None:
         drops = self.dropout and call.training
@@ -102,8 +117,8 @@ def side_by_side(parts: Sequence[tuple[float, Weights]]) -> dict[str, Tensor]:
     return {"A": torch.cat([w["A"] for _, w in parts]), "B": torch.cat([s * w["B"] for s, w in parts], 1)}
 
 
-PLAIN = LoRA(rank=1, alpha=1.0)
-"""B A x: what every low-rank update comes to."""
+PLAIN = {experts: LoRA(rank=1, alpha=1.0, experts=experts) for experts in get_args(Experts)}
+"""B A x, by what experts share: what every low-rank update comes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +161,12 @@ class DoRA(LoRA):
     def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
         gain, b = self.gain(w, place)
         bias = {"b": (1 - gain) * b[0]} if isinstance(b, Tensor) else {}
-        return _Gained(), {"A": w["A"], "B": self.scale * gain[:, None] * w["B"], "gain": gain, **bias}
+        return _Gained(experts="separate" if self.experts == "separate" else "shared-A"), {
+            "A": w["A"],
+            "B": self.scale * gain[:, None] * w["B"],
+            "gain": gain,
+            **bias,
+        }
 
     def low_rank(self, w: Weights, call: Call) -> LowRank | None:
         drops = self.dropout and call.training
@@ -164,6 +184,12 @@ class DoRA(LoRA):
 @dataclass(frozen=True, kw_only=True)
 class _Gained(Edit):
     """gain * y + b + B A x: what DoRA comes to."""
+
+    experts: Experts = "separate"
+    """As LoRA's; B is each expert's own in any case, for its gain is in it."""
+
+    def shared_by_experts(self, place: Place) -> tuple[str, ...]:
+        return SHARED[self.experts]
 
     def stacks(self, place: Place) -> bool:
         return True
@@ -211,6 +237,16 @@ class AdaLoRA(Edit):
     """Smoothing of its uncertainty."""
     orthogonality: float = 0.5
     """Weight of |P^T P - I|^2 + |Q Q^T - I|^2 in the loss."""
+    experts: Literal["separate", "shared"] = "separate"
+    """At expert parameters: triplets for each expert, each a place of its own when ranks are given, or the same for all
+    of them."""
+
+    def __post_init__(self) -> None:
+        if self.experts not in ("separate", "shared"):
+            raise unknown("setting of experts", self.experts, ("separate", "shared"))
+
+    def shared_by_experts(self, place: Place) -> tuple[str, ...]:
+        return ("Q", "E", "P") if self.experts == "shared" else ()
 
     def weights(self, place: Place) -> dict[str, Tensor]:
         return {
@@ -224,7 +260,7 @@ class AdaLoRA(Edit):
         return None if drops else LowRank(w["E"][:, None] * w["Q"], w["P"], self.alpha / self.rank)
 
     def folded(self, w: Weights, place: Place) -> tuple[Edit, Weights]:
-        return PLAIN, {"A": w["E"][:, None] * w["Q"], "B": self.alpha / self.rank * w["P"]}
+        return PLAIN[self.experts], {"A": w["E"][:, None] * w["Q"], "B": self.alpha / self.rank * w["P"]}
 
     def after(self, w: Weights, x: Tensor, y: Tensor, call: Call) -> Tensor:
         if not x.is_floating_point():
@@ -234,27 +270,29 @@ class AdaLoRA(Edit):
 
     def penalty(self, adapter: Mapping[str, Weights]) -> Tensor | None:
         eye = torch.eye(self.rank, device=next(iter(adapter.values()))["E"].device)
-        terms = [(w["P"].T @ w["P"] - eye).norm() + (w["Q"] @ w["Q"].T - eye).norm() for w in adapter.values()]
+        pairs = [(P, Q) for w in adapter.values() for P, Q in zip(_matrices(w["P"]), _matrices(w["Q"]), strict=True)]
+        terms = [(P.T @ P - eye).norm() + (Q @ Q.T - eye).norm() for P, Q in pairs]
         return self.orthogonality * sum(terms) / (2 * len(terms))
 
     @torch.no_grad()
     def after_step(self, adapter: Mapping[str, Weights], step: int, total: int, state: dict[str, Tensor]) -> None:
         if not 1 <= self.target <= self.rank:  # only training asks for it: files of other libraries hold any target
             raise InlayError(f"AdaLoRA's target {self.target} must lie between 1 and its rank {self.rank}")
-        scores = torch.stack([self._importance(key, w, state) for key, w in adapter.items()])  # (places, rank)
+        each = [self._importance(key, w, state).view(-1, self.rank) for key, w in adapter.items()]
+        scores = torch.cat(each)  # (places, rank); each expert of an expert parameter is one
         begin, end = int(self.warmup * total), int((1 - self.final) * total)
         if step < begin or (step % self.interval and step < end):
             return
         left = max(0.0, 1 - (step - begin) / max(1, end - begin)) ** 3
-        keep = round(len(adapter) * (self.target + (self.rank - self.target) * left))
+        keep = round(len(scores) * (self.target + (self.rank - self.target) * left))
         floor = scores.flatten().topk(keep).values.min()
         mask = scores >= floor if step < end else state.setdefault("mask", scores >= floor)
-        for (_, w), kept in zip(adapter.items(), mask, strict=True):
-            w["E"].mul_(kept)
+        for (_, w), kept in zip(adapter.items(), mask.split([len(s) for s in each]), strict=True):
+            w["E"].mul_(kept.view_as(w["E"]))
 
     def _importance(self, key: str, w: Weights, state: dict[str, Tensor]) -> Tensor:
         total = torch.zeros_like(w["E"])
-        for name, over in (("E", ()), ("P", (0,)), ("Q", (1,))):
+        for name, over in (("E", ()), ("P", (-2,)), ("Q", (-1,))):
             p = w[name]
             now = (p * (p.grad if p.grad is not None else 0)).abs()
             smooth = state.setdefault(f"{key}/{name}/sensitivity", torch.zeros_like(p))
@@ -263,6 +301,11 @@ class AdaLoRA(Edit):
             doubt.mul_(self.beta2).add_((now - smooth).abs(), alpha=1 - self.beta2)
             total = total + ((smooth * doubt).mean(over) if over else smooth * doubt)
         return total
+
+
+def _matrices(t: Tensor) -> Sequence[Tensor]:
+    """One matrix, or those of each expert (E, p, q)."""
+    return (t,) if t.dim() == 2 else t.unbind(0)
 
 
 METHODS = (

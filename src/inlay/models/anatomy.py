@@ -1,62 +1,149 @@
-"""Finding the roles of one model: from the table of families, or from its modules if the table does not know it."""
+"""The roles of one model: from the table of families where it knows them, else read off its modules, block by block.
+
+Blocks need not be alike: a decoder with attention here and a state-space layer there has the roles of both, each where
+it is. What stands beside the decoder has roles of its own: `vision.q`, `audio.linear`, `connector`.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from inlay.core.config import text_config
 from inlay.core.errors import InlayError
 from inlay.core.place import Anatomy, Spot
+from inlay.models import parts, roles
+from inlay.models.experts import expert_spots
 from inlay.models.families import FAMILIES, Family
-
-SPELLINGS = {
-    "q": ("q_proj", "q_attn", "query", "wq"),
-    "k": ("k_proj", "k_attn", "key", "wk"),
-    "v": ("v_proj", "v_attn", "value", "wv"),
-    "o": ("o_proj", "out_proj", "c_proj", "dense", "wo"),
-    "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "fc_in", "fc1", "c_fc", "dense_h_to_4h", "w3"),
-    "down": ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "w2"),
-    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv"),
-    "gate_up": ("gate_up_proj",),
-}
-"""How decoders spell their linears, for the inference of roles."""
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """The roles of a causal language model, by `config.model_type` or by inference from its modules."""
+    """The roles of a language model, alone or with towers beside it.
+
+    Raises:
+        InlayError: no decoder can be told apart in it.
+    """
     kind: str = model.config.model_type  # type: ignore[union-attr,assignment]
-    family = FAMILIES.get(kind) or infer(model)
-    try:
-        blocks = model.get_submodule(family.blocks)
-    except AttributeError as e:
-        raise InlayError(
-            f"{type(model).__name__} has no {family.blocks!r}; attach to the whole causal language model"
-        ) from e
-    return Anatomy(kind, len(blocks), tuple(_spots(model, family, blocks)))  # type: ignore[arg-type]
+    text = text_config(model.config)
+    table = FAMILIES.get(kind)
+    if table is not None and not _has(model, table.blocks):
+        raise InlayError(f"{type(model).__name__} has no {table.blocks!r}; attach to the whole causal language model")
+    found = parts.find(model, table.blocks, table.embed, table.head) if table else parts.find(model)
+    family = table or FAMILIES.get(getattr(text, "model_type", ""))
+    reader = _Reader(model, found, family, text)
+    spots = [*reader.decoder(), *reader.towers()]
+    if not any(s.linear for s in spots if not s.tower) and not reader.unreached:
+        raise InlayError(f"cannot read the roles of {type(model).__name__}; add an entry to inlay.models.families")
+    layers = 1 + max(s.layer for s in spots if s.role == "block" and s.layer is not None)
+    return Anatomy(kind, layers, tuple(spots), tuple(reader.unreached), _hidden(model, found, text))
 
 
-def _spots(model: nn.Module, family: Family, blocks: nn.Module) -> Iterator[Spot]:
-    parts = family.parts(model.config)
-    yield Spot("embed", "embed", None, family.embed)
-    for i, block in enumerate(blocks.children()):
-        prefix = f"{family.blocks}.{i}"
-        yield Spot(f"{i}.block", "block", i, prefix)
-        inside = dict(block.named_modules())
-        for role, path in family.roles.items():
-            path, _, part = path.partition("#")
-            if path in inside:
-                yield Spot(f"{i}.{role}", role, i, f"{prefix}.{path}", parts[part] if part else None)
-        for path, module in inside.items():
+def _hidden(model: nn.Module, found: parts.Parts, text: Any) -> int | None:
+    """Width of the residual stream; where the configuration does not say, that of the embedding."""
+    if width := getattr(text, "hidden_size", None):
+        return width
+    embed = model.get_submodule(found.embed) if found.embed else None
+    return getattr(embed, "embedding_dim", None)
+
+
+class _Reader:
+    """Reads the spots of one model; a module that stands in several places is named at its first."""
+
+    def __init__(self, model: nn.Module, found: parts.Parts, family: Family | None, text: Any):
+        self.model, self.parts, self.family = model, found, family
+        self.fused = family.parts(text) if family else {}
+        self.named: set[int] = set()
+        self.unreached: list[str] = []
+
+    def decoder(self) -> Iterator[Spot]:
+        """Embedding, blocks, what is between and after them, head."""
+        if self.parts.embed:
+            yield Spot("embed", "embed", None, self.parts.embed)
+        yield from self._stacks(self.parts.stacks, "", self.family)
+        inside = tuple(f"{s}." for s in self.parts.stacks)
+        beside = {n: m for n, m in self.model.named_modules() if n and not n.startswith(inside)}
+        mine = {n: m for n, m in beside.items() if self.parts.of(n) in ("", "head")}
+        ends = (self.parts.head or "-", self.parts.embed or "-")
+        for path, module in mine.items():
+            if not path.startswith(ends) and roles.is_linear(module) and self._new(module):
+                self.unreached.append(path)
+                name = path.removeprefix(self.parts.decoder).strip(".").replace(".", "_")
+                yield Spot(path, name, None, path)
+        for path, module in mine.items():
             if _is_norm(module):
-                yield Spot(f"{i}.norm.{path}", "norm", i, f"{prefix}.{path}")
-    for path, module in model.named_modules():
-        if _is_norm(module) and not path.startswith(family.blocks + "."):
-            yield Spot(f"norm.{path}", "norm", None, path)
-    if _has(model, family.head):
-        yield Spot("head", "head", None, family.head)
+                yield Spot(f"norm.{path}", "norm", None, path)
+        if self.parts.head:
+            head = self.model.get_submodule(self.parts.head)
+            several = [f".{n}" for n, _ in head.named_children()] if isinstance(head, nn.ModuleList) else [""]
+            for n in several:
+                yield Spot(f"head{n}", "head", None, self.parts.head + n)
+
+    def towers(self) -> Iterator[Spot]:
+        """Spots of the parts beside the decoder, their roles after the part's name."""
+        inside = tuple(f"{s}." for s in self.parts.stacks)
+        apart: dict[str, list[tuple[str, nn.Module]]] = {t: [] for t in self.parts.towers}
+        lists = tuple(f"{s}." for each in self.parts.towers.values() for s in each)
+        for path, module in self.model.named_modules():
+            if path and not path.startswith(inside + lists) and roles.is_linear(module):
+                part = self.parts.of(path)
+                if part not in ("", "head") and self._new(module):
+                    apart.setdefault(part, []).append((path, module))
+        for tower, rest in apart.items():
+            yield from self._stacks(self.parts.towers.get(tower, []), tower, None)
+            for path, _ in rest:
+                yield Spot(f"{tower}.{path}", f"{tower}.{_last_name(path)}", None, path, linear=True, tower=tower)
+
+    def _stacks(self, stacks: list[str], tower: str, family: Family | None) -> Iterator[Spot]:
+        layer = 0
+        for stack in stacks:
+            for name, block in self.model.get_submodule(stack).named_children():
+                yield from self._block(block, f"{stack}.{name}", layer, tower, family)
+                layer += 1
+
+    def _block(self, block: nn.Module, path: str, layer: int, tower: str, family: Family | None) -> Iterator[Spot]:
+        before = f"{tower}." if tower else ""
+        yield Spot(f"{before}{layer}.block", f"{before}block", layer, path, tower=tower)
+        modules = dict(block.named_modules())
+        fixed = {r: p for r, p in family.roles.items() if p.partition("#")[0] in modules} if family else {}
+        whole = {p: r for r, p in fixed.items() if "#" not in p}
+        cut = {p.partition("#")[0] for p in fixed.values() if "#" in p}
+        named = roles.sublayers(block, {p: r for p, r in whole.items() if not roles.is_linear(modules[p])})
+        linear = roles.linear_roles(block, {p: r for p, r in whole.items() if roles.is_linear(modules[p])})
+        every = [*fixed.items(), *((r, p) for p, r in (named | linear).items() if p not in whole)]
+        used: dict[str, str] = {}
+        for role, inner in every:
+            inner, _, part = inner.partition("#")
+            module = modules[inner]
+            if not part and not self._new(module):
+                continue
+            key = f"{before}{layer}.{role}" if role not in used else f"{before}{layer}.{role}.{inner}"
+            used[role] = inner
+            is_linear = bool(part) or (inner in linear and inner not in cut)
+            spot = self.fused[part] if part else None
+            yield Spot(key, before + role, layer, f"{path}.{inner}", spot, linear=is_linear, tower=tower)
+        for inner, module in modules.items():
+            if _is_norm(module):
+                yield Spot(f"{before}{layer}.norm.{inner}", f"{before}norm", layer, f"{path}.{inner}", tower=tower)
+        if not tower:
+            yield from expert_spots(block, layer, path)
+            reached = {id(m) for p, m in modules.items() if p in linear}
+            self.unreached += [f"{path}.{name}" for name in roles.raw_matrices(block, reached)]
+
+    def _new(self, module: nn.Module) -> bool:
+        """Whether this module has no spot yet."""
+        if id(module) in self.named:
+            return False
+        self.named.add(id(module))
+        return True
+
+
+def _last_name(path: str) -> str:
+    """`merger.mlp.0` -> `mlp_0`: the last name of a path with the numbers behind it."""
+    names = path.split(".")
+    last = max((i for i, n in enumerate(names) if not n.isdigit()), default=0)
+    return "_".join(names[last:])
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -64,38 +151,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has(model: nn.Module, path: str) -> bool:
-    return path in dict(model.named_modules())
-
-
-def infer(model: nn.Module) -> Family:
-    """Roles read off a decoder that no table knows: its longest list of blocks, and linears by their usual spellings.
-
-    Fused projections are offered whole (`qkv`, `gate_up`): how their parts interleave cannot be seen from outside.
-    """
-    lists = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) and not re.search(r"\.\d+\.", n)
-    }
-    if not lists:
-        raise InlayError(f"cannot find the blocks of {type(model).__name__}; add an entry to inlay.models.families")
-    name = max(lists, key=lambda n: (len(lists[n]), -len(n)))
-    roles: dict[str, str] = {}
-    inside = dict(lists[name][0].named_modules())
-    for role, spellings in SPELLINGS.items():
-        linears = [p for p, m in inside.items() if p.split(".")[-1] in spellings and not list(m.children())]
-        attention = [p for p in linears if "att" in p]
-        wanted = attention if role in ("q", "k", "v", "o", "qkv") else [p for p in linears if p not in attention]
-        if len(wanted) == 1:
-            roles[role] = wanted[0]
-    for role, pattern in (("attn", r".*att[^.]*"), ("mlp", r".*(mlp|feed_forward|ffn|moe)")):
-        if found := [
-            p for p in inside if "." not in p and re.fullmatch(pattern, p, re.I) and list(inside[p].children())
-        ]:
-            roles[role] = found[0]
-    if not roles:
-        raise InlayError(f"cannot read the roles of {type(model).__name__}; add an entry to inlay.models.families")
-    names = {id(m): n for n, m in model.named_modules()}
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    embed = model.get_input_embeddings()  # type: ignore[operator]
-    return Family(blocks=name, embed=names[id(embed)], head=names.get(id(head), "lm_head"), roles=roles)
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

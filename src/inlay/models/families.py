@@ -78,7 +78,7 @@ LLAMA = Family(
     },
 )
 MOE = (
-    Family(  # the experts are 3-D tensors that are never called: adapters hang at attention and around the expert block
+    Family(  # the experts are 3-D parameters, which `inlay.models.experts` finds; adapters also hang around their block
         blocks="model.layers",
         embed="model.embed_tokens",
         roles={k: v for k, v in LLAMA.roles.items() if k not in ("gate", "up", "down")},

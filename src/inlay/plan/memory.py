@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from inlay.core.config import text_config
 from inlay.core.errors import unknown
 from inlay.core.host import Host
 from inlay.core.place import Place, Spot, widths
@@ -46,7 +47,7 @@ def estimate(
     b = 4 if dtype == "fp32" else 2
     n = batch * (length + host.edits[name].room)
     count, stored = host.count(name), sum(t.numel() for t in host.tensors(name).values())
-    vocabulary = host.model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    vocabulary = text_config(host.model.config).vocab_size
     return Memory(
         weights=weight_bytes(host, dtype),
         adapter=4 * stored,
@@ -81,7 +82,7 @@ def per_token(host: Host, name: str, b: int, checkpointing: bool) -> int:
     first = host.anatomy.layers
     for site in host.sites.values():
         if name in site.places:
-            layer = -1 if site.spot.role == "embed" else site.spot.layer
+            layer = -1 if site.spot.role == "embed" or site.spot.tower else site.spot.layer
             layer = host.anatomy.layers if layer is None else layer
             # Gradients begin at the adapter: behind a block's last linear, nothing of that block needs to be kept.
             first = min(first, layer + (site.spot.role in ("embed", "down", "mlp", "block")))
@@ -109,7 +110,13 @@ def _adapter_bytes(host: Host, name: str, place: Place) -> int:
     else:
         read = place.d_in
     inner = getattr(edit, "rank", 0) + 2 * getattr(edit, "size", 0)
-    return 4 * (read + inner)
+    each = _experts_per_token(host) if place.experts else 1
+    return 4 * each * (read + inner)
+
+
+def _experts_per_token(host: Host) -> int:
+    config = host.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    return getattr(config, "num_experts_per_tok", None) or 1
 
 
 def _block_bytes(host: Host, b: int) -> int:
@@ -120,7 +127,7 @@ def _block_bytes(host: Host, b: int) -> int:
     norm = len(norms) * h * (4 if rms else b)
     q, k, v = (w.get(role, h) for role in "qkv")
     attention = b * (2 * q + k + v)
-    config = host.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = text_config(host.model.config)
     experts = getattr(config, "num_experts_per_tok", None) if "down" not in w else None
     inner = experts * _expert_width(config) if experts else w.get("down", 4 * h)
     act = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or "")

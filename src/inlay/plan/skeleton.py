@@ -21,7 +21,7 @@ def config_of(name: str) -> Any:
 
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
+        return _read_config(name, folder)
     if folder.is_dir():
         raise InlayError(f"{name} is a folder without config.json; give the folder of a whole model")
     if known := shape(name):
@@ -31,12 +31,25 @@ def config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(embedded.path(name.removeprefix("tiny-")))
     if "/" not in name:
         raise unknown_model(name)
+    return _read_config(name, name)
+
+
+def _read_config(name: str, path: str | Path) -> Any:
+    """The config in a folder or of a Hub id. No code of a folder is run."""
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(e).strip().split("\n")[0]
-        raise InlayError(f"cannot read the config of {name!r} from the Hugging Face Hub{offline}: {reason}") from e
+        if "trust_remote_code" in str(e):
+            raise InlayError(
+                f"{name!r} brings code of its own, which Inlay never runs; only architectures that transformers has "
+                "itself can be counted"
+            ) from e
+        hub = "" if isinstance(path, Path) else " from the Hugging Face Hub"
+        offline = " (HF_HUB_OFFLINE is set)" if hub and os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(e).strip().partition("\n")[0]
+        raise InlayError(f"cannot read the config of {name!r}{hub}{offline}: {reason}") from e
 
 
 def unknown_model(name: str) -> InlayError:

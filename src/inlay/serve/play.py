@@ -23,6 +23,8 @@ from inlay.serve.batcher import Batcher
 from inlay.serve.playground import BASE, Playground, Question
 from inlay.serve.settings import PlaySettings
 from inlay.serve.text import Texts
+from inlay.tasks import template_choice
+from inlay.threads import set_threads
 
 SLIDERS = 8
 """Adapters that a mix can have."""
@@ -41,10 +43,8 @@ log = logging.getLogger(__name__)
 
 def run(s: PlaySettings) -> None:
     """Load the base, show the page until Ctrl+C or SIGTERM."""
-    import torch
-
-    if s.threads:
-        torch.set_num_threads(s.threads)
+    template_choice.check(s.template)
+    set_threads(s.threads)
     model, tokenizer = load_base(s.model, s.dtype, s.device)
     with _listening(s.host, s.port) as door:
         app, batcher = build(s, attach(model), tokenizer)

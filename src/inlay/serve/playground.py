@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import math
 import secrets
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from inlay.core.errors import InlayError, unknown
+from inlay.evaluate.prompting import Prompting
 from inlay.evaluate.rows import GenerateSettings, Row, row_seeds
 from inlay.library.bank import Bank, Lease
 from inlay.library.errors import BankError
@@ -20,6 +22,7 @@ from inlay.serve.errors import Refused
 from inlay.serve.text import Spoken, Texts
 from inlay.serve.wire import Message
 
+log = logging.getLogger(__name__)
 BASE = "base"
 MIX = "mix"
 PAUSE = 0.05
@@ -88,6 +91,7 @@ class Playground:
 
     def __init__(self, batcher: Batcher, adapters: Bank, texts: Texts, timeout: float = 600.0):
         self.batcher, self.adapters, self.texts, self.timeout = batcher, adapters, texts, timeout
+        self.prompting = Prompting(adapters.host, texts.tokenizer, texts.asked, log.warning)
         self._runs: dict[str, asyncio.Queue[Event | None]] = {}
 
     def names(self) -> list[str]:
@@ -157,23 +161,24 @@ class Playground:
     ) -> list[Job]:
         """Jobs of all columns that can be answered, accepted together so that they share each step."""
         how = q.settings
-        ids = self.texts.chat_ids([Message(role="user", content=q.prompt)])
         leases = await self._leases(columns)
         loop, begun = asyncio.get_running_loop(), time.monotonic()
 
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        seeds = row_seeds(seed, [ids] * len(leases), [lease.worn for lease in leases.values()])
         jobs = []
         try:
-            for (i, lease), drawn in zip(leases.items(), seeds, strict=True):
+            prompts = {i: self._prompt(q, columns[i], lease) for i, lease in leases.items()}
+            worn = [lease.worn for lease in leases.values()]
+            seeds = row_seeds(seed, [ids for ids, _ in prompts.values()], worn)
+            for (i, lease), (ids, ends), drawn in zip(leases.items(), prompts.values(), seeds, strict=True):
                 try:
                     limit = self.batcher.limit(ids, lease, how.max_new_tokens)
                 except Refused as e:
                     _failed(columns[i], e)
                     continue
-                row = Row(i, ids, lease.worn, drawn, limit, how)
+                row = Row(i, ids, lease.worn, drawn, limit, how, stops=ends)
                 jobs.append(Job(row, lease, tell, begun + self.timeout, begun))
             self.batcher.submit(jobs)
         except BaseException:
@@ -183,6 +188,11 @@ class Playground:
             kept = {job.row.index for job in jobs}
             _release({i: lease for i, lease in leases.items() if i not in kept})
         return jobs
+
+    def _prompt(self, q: Question, column: Column, lease: Lease) -> tuple[list[int], tuple[int, ...]]:
+        """(ids of the question in the column's own template, ids that end an answer in it)."""
+        template = self.prompting.of(lease.worn, column.name)
+        return self.texts.chat_ids([Message(role="user", content=q.prompt)], template), self.texts.ends(template)
 
     async def _leases(self, columns: list[Column]) -> dict[int, Lease]:
         """What each column wears, by its index; those for which there is nothing have failed."""

@@ -25,6 +25,9 @@ from inlay.serve.metrics import Metrics
 from inlay.serve.service import Service
 from inlay.serve.settings import ServeSettings
 from inlay.serve.text import Texts
+from inlay.tasks import template_choice
+from inlay.tasks.template_choice import shown
+from inlay.threads import set_threads
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def run(s: ServeSettings) -> None:
     logging.basicConfig(level=s.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     s.keys()
+    template_choice.check(s.template)
     doors, door = Doors(), listening_at(s.host, s.port)
     app, batcher = application(s, doors)
     if s.host not in ("127.0.0.1", "localhost", "::1") and s.keys()[0] is None:
@@ -66,11 +70,8 @@ def listening_at(host: str, port: int) -> socket.socket:
 
 def application(s: ServeSettings, doors: Doors | None = None) -> tuple[Any, Batcher]:
     """(an ASGI application for any server, its batcher), the base loaded."""
-    import torch
-
     s.keys()
-    if s.threads:
-        torch.set_num_threads(s.threads)
+    set_threads(s.threads)
     model, tokenizer = load_base(s.model, s.dtype, s.device)
     return build(s, attach(model), tokenizer, doors or Doors())
 
@@ -91,6 +92,9 @@ def build(s: ServeSettings, host: Host, tokenizer: Any, doors: Doors) -> tuple[A
         batcher.post = asyncio.get_running_loop().call_soon_threadsafe
         batcher.start()
         log.info("serving %s with %d adapters", s.model, len(adapters.names()))
+        asked = shown(service.prompting.default)
+        others = "" if s.template else "; adapters by the template that they were trained with"
+        log.info("conversations become prompts by %s%s", asked, others)
         try:
             yield
         finally:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from inlay.core.errors import InlayError
+from inlay.evaluate.prompting import Prompting
 from inlay.evaluate.rows import Row, row_seeds, stop_ids
 from inlay.library.bank import Bank, Lease
 from inlay.serve.batcher import Batcher, Event, Job
 from inlay.serve.errors import Refused
 from inlay.serve.text import Spoken, Texts
 from inlay.serve.wire import Answer, Asked, Chat, ChatRequest, Completion, CompletionRequest, reason, usage
+from inlay.tasks.template_choice import AnyTemplate
 
 T = TypeVar("T")
+Prompts = tuple[list[list[int]], tuple[int, ...]]
+"""Ids of each prompt, and of special tokens that end their answers."""
+log = logging.getLogger(__name__)
 
 
 class Service:
@@ -29,6 +36,7 @@ class Service:
 
     def __init__(self, batcher: Batcher, adapters: Bank, texts: Texts, timeout: float):
         self.batcher, self.adapters, self.texts, self.timeout = batcher, adapters, texts, timeout
+        self.prompting = Prompting(adapters.host, texts.tokenizer, texts.asked, log.warning)
         # One thread, for a tokenizer is not to be used by two; beside the loop, for prompts may be long.
         self._reader = ThreadPoolExecutor(1, "inlay-reader")
 
@@ -43,12 +51,31 @@ class Service:
         heads = [""] * len(ids)
         if asked.echo:
             heads = [p if isinstance(p, str) else self.texts.tokenizer.decode(p) for p in prompts]
-        return await self._begin(asked, ids, Completion(), heads)
+
+        async def prompts_of(_: Lease) -> Prompts:
+            return ids, ()
+
+        return await self._begin(asked, prompts_of, Completion(), heads)
 
     async def chat(self, asked: ChatRequest) -> Reply:
-        """Rows for a turn of a conversation."""
-        ids = await self._read(lambda: self.texts.chat_ids(asked.messages))
-        return await self._begin(asked, [ids], Chat(), [""])
+        """Rows for a turn of a conversation, in the template of the adapters that are asked."""
+
+        async def prompts_of(lease: Lease) -> Prompts:
+            template = self._template(asked.model, lease)
+            read = functools.partial(self.texts.chat_ids, asked.messages, template)
+            return await self._read(lambda: ([read()], self.texts.ends(template)))
+
+        return await self._begin(asked, prompts_of, Chat(), [""])
+
+    def _template(self, model: str, lease: Lease) -> AnyTemplate:
+        try:
+            return self.prompting.of(lease.worn, model)
+        except InlayError as e:
+            raise Refused(str(e), 400, "invalid_template", "model") from e
+
+    async def _lease(self, model: str) -> Lease:
+        """What `model` stands for, read if it must be."""
+        return self.adapters.lease(model) or await self._bring(model)
 
     async def _bring(self, model: str) -> Lease:
         """As `Bank.bring`; a lease that nobody waits for any more is released."""
@@ -62,14 +89,19 @@ class Service:
     async def _read(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, function)
 
-    async def _begin(self, asked: Asked, prompts: list[list[int]], form: Chat | Completion, heads: list[str]) -> Reply:
+    async def _begin(
+        self,
+        asked: Asked,
+        prompts_of: Callable[[Lease], Awaitable[Prompts]],
+        form: Chat | Completion,
+        heads: list[str],
+    ) -> Reply:
         begun = time.monotonic()
-        lease = self.adapters.lease(asked.model)
-        if lease is None:
-            lease = await self._bring(asked.model)
+        lease = await self._lease(asked.model)
         leases = [lease]
         try:
-            rows = self._rows(asked, [p for p in prompts for _ in range(asked.n)], lease)
+            prompts, ends = await prompts_of(lease)
+            rows = self._rows(asked, [p for p in prompts for _ in range(asked.n)], lease, ends)
             reply = Reply(asked, Answer(form, asked.model), self, [h for h in heads for _ in range(asked.n)])
             leases += [lease.again() for _ in rows[1:]]
             deadline = begun + min(self.timeout, asked.timeout or self.timeout)
@@ -84,13 +116,13 @@ class Service:
         reply.prompt_tokens = sum(map(len, prompts))
         return reply
 
-    def _rows(self, asked: Asked, ids: list[list[int]], lease: Lease) -> list[Row]:
+    def _rows(self, asked: Asked, ids: list[list[int]], lease: Lease, ends: tuple[int, ...]) -> list[Row]:
         if len(ids) > self.batcher.rows + self.batcher.most_waiting:
             raise Refused(f"{len(ids)} rows in one request are more than this server takes", 400, "too_many", "n")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         seeds = row_seeds(seed, ids, [lease.worn] * len(ids))
         try:
-            stops = stop_ids(self.texts.tokenizer, asked.stop)
+            stops = (*stop_ids(self.texts.tokenizer, asked.stop), *ends)
         except InlayError as e:
             raise Refused(str(e), 400, "invalid_stop", "stop") from e
         rows = []

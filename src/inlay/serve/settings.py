@@ -10,10 +10,12 @@ from typing import ClassVar, Literal
 import tyro
 
 from inlay.core.errors import InlayError
+from inlay.tasks.template_choice import TemplateSettings
+from inlay.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedSettings:
+class SharedSettings(TemplateSettings, ThreadSettings):
     """What `inlay serve` and `inlay play` have in common: a base, its adapters, where to listen, how much to decode."""
 
     above_zero: ClassVar[tuple[str, ...]] = ("rows", "longest", "timeout", "adapter_memory")
@@ -27,9 +29,6 @@ class SharedSettings:
     """Address to listen at; 0.0.0.0 for all."""
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
-    template: Literal["auto", "clean", "published", "plain"] = "auto"
-    """How what is said becomes a prompt: by the tokenizer's chat template (`auto`; as `clean` if it has none), as in
-    training under a protocol, or as it is."""
     rows: int = 32
     """Rows decoded at a time, others wait. The KV cache grows to so many times the longest row."""
     longest: int = 4096
@@ -42,8 +41,6 @@ class SharedSettings:
     """Type of the base (as stored if not given)."""
     device: str | None = None
     """Where to run; the GPU if there is one."""
-    threads: int | None = None
-    """CPU threads of one product; PyTorch's choice if not given."""
 
     def __post_init__(self) -> None:
         for key in self.above_zero:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from inlay.core.errors import InlayError
 from inlay.evaluate.batches import prompt_ids
 from inlay.evaluate.rows import Scored, said
 from inlay.serve.errors import Refused
 from inlay.serve.wire import Message, Said
+from inlay.tasks.template_choice import AnyTemplate, choose
 
-Template = Literal["auto", "clean", "published", "plain"]
 TORN = "\ufffd"
 """What a decoder writes for bytes that are no character yet."""
 
@@ -22,16 +22,14 @@ class Texts:
     """A tokenizer of its own, for one thread.
 
     Args:
-        template: how a conversation becomes a prompt. `auto`: by the tokenizer's chat template, or as `clean` if it has
-            none; `clean` and `published`: as in training under that protocol, the messages together being the
-            instruction; `plain`: the messages, a line each.
+        template: how a conversation becomes a prompt where an adapter's own template does not say; a name or a file
+            (see `inlay.tasks.template_choice`). None: the tokenizer's chat template, or alpaca if it has none.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, template: Template = "auto"):
+    def __init__(self, tokenizer: Any, vocabulary: int, template: str | AnyTemplate | None = None):
         self.tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers are not to be changed while another thread reads
         self.vocabulary = vocabulary
-        own = template == "auto" and getattr(tokenizer, "chat_template", None)
-        self.template = "chat" if own else "clean" if template == "auto" else template
+        self.asked, self.template = template, choose(template, tokenizer)
         self.piece = functools.lru_cache(maxsize=vocabulary)(self._piece)
         self._before = self._plain_ids("a")[-1:]
 
@@ -44,26 +42,22 @@ class Texts:
         except InlayError as e:
             raise Refused(str(e), 400, "invalid_prompt", "prompt") from e
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation's ids."""
-        if self.template != "chat":
-            return self.ids(self.chat_text(messages))
+    def chat_ids(self, messages: Sequence[Message], template: AnyTemplate | None = None) -> list[int]:
+        """A conversation's ids in a template, the default one if not given.
+
+        Raises:
+            Refused: the template does not take these messages.
+        """
         turns = [{"role": m.role, "content": m.text} for m in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except Exception as e:  # templates raise errors of their own about roles that do not alternate
-            raise Refused(f"this model's chat template refuses the messages: {e}", 400, "invalid_messages",
-                          "messages") from e  # fmt: skip
-        return self._plain_ids(text)
+            return (template or self.template).conversation_ids(turns, self.tokenizer)
+        except InlayError as e:
+            raise Refused(str(e), 400, "invalid_messages", "messages") from e
 
-    def chat_text(self, messages: Sequence[Message]) -> str:
-        """A conversation as a prompt, where the tokenizer has no template."""
-        if self.template == "plain":
-            return "\n".join(m.text for m in messages)
-        from inlay.tasks import Record, protocols
-
-        instruction = "\n\n".join(m.text for m in messages)
-        return protocols.get(self.template).eval.prompt(Record(instruction=instruction, input="", output="", answer=""))
+    def ends(self, template: AnyTemplate) -> tuple[int, ...]:
+        """Ids of special tokens that end a turn in a template, besides those that end every text."""
+        end = template.end_of_turn(self.tokenizer)
+        return () if end is None else (end[1],)
 
     def scored(self, token: int, scored: Scored) -> Said:
         """A token and its rivals as answers show them."""

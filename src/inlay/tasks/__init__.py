@@ -4,9 +4,11 @@ from inlay.tasks.loading import load, read_records, to_json
 from inlay.tasks.protocols import CLEAN, PUBLISHED, Example, Protocol, encode, encode_all, encode_answer, encode_prompt
 from inlay.tasks.table import COMMONSENSE, MATH, TASKS, get
 from inlay.tasks.task import Record, Task
+from inlay.tasks.template_choice import AnyTemplate, choose, recorded, template_json
 from inlay.tasks.templates import Template
 
 __all__ = [
+    "AnyTemplate",
     "CLEAN",
     "COMMONSENSE",
     "Example",
@@ -17,6 +19,7 @@ __all__ = [
     "TASKS",
     "Task",
     "Template",
+    "choose",
     "encode",
     "encode_all",
     "encode_answer",
@@ -24,5 +27,7 @@ __all__ = [
     "get",
     "load",
     "read_records",
+    "recorded",
+    "template_json",
     "to_json",
 ]

@@ -18,13 +18,26 @@ from inlay.tasks.templates import RESPONSE
 Extractor = Callable[[str, Sequence[str]], str | None]
 """(response, answers of the task) to the prediction as text, or None for no answer."""
 
+_PROMPT = ("### Instruction:", "Below is an instruction", "<s>", "<|begin_of_text|>")
+"""How a logged text begins that holds the prompt before the generation."""
+
+
+def generation(text: str) -> str:
+    """Return the generation alone: a leading prompt, up to its `### Response:`, is dropped."""
+    prompted = text.lstrip().startswith(_PROMPT) and RESPONSE in text
+    return text.split(RESPONSE, 1)[1] if prompted else text
+
+
 # --------------------------------------------------------------------------------------------- published
 
 
 def published_response(text: str) -> str:
-    """What stands between the first `### Response:` and a second one; the whole text where there is none."""
-    parts = text.split(RESPONSE)
-    return (parts[1] if len(parts) > 1 else text).strip()
+    """Return the generation up to a `### Response:` of its own.
+
+    The authors' scripts split prompt and generation at the marker and take the second piece. That is the same,
+    whether the text holds the prompt or not.
+    """
+    return generation(text).split(RESPONSE)[0].strip()
 
 
 def published_number(text: str, answers: Sequence[str] = ()) -> str | None:
@@ -68,12 +81,7 @@ _NOT = re.compile(r"\b(?:not|rather than|instead of)\b[^,.;]*", re.IGNORECASE)
 
 def clean_response(text: str) -> str:
     """The model's own turn: a leading prompt is dropped, and all from an end token or an invented next turn on."""
-    lead = text.lstrip()
-    if RESPONSE in text and lead.startswith(
-        ("### Instruction:", "Below is an instruction", "<s>", "<|begin_of_text|>")
-    ):
-        text = text.split(RESPONSE, 1)[1]
-    text = _MARKS.sub("", _ENDS.split(text, maxsplit=1)[0]).strip()
+    text = _MARKS.sub("", _ENDS.split(generation(text), maxsplit=1)[0]).strip()
     return _NEXT.split(text, maxsplit=1)[0].strip()
 
 

@@ -1,8 +1,9 @@
 """Two named protocols, `published` and `clean`: template, loss, truncation, decoding and extraction, never mixed.
 
-Published follows LLM-Adapters to the letter, so that its numbers can be compared. Clean uses one template for
-everything, learns the answer only, and never loses an answer's end. Which one made a number is always written beside
-it.
+Published follows LLM-Adapters to the letter, so that its numbers can be compared; its templates are fixed, whatever the
+tokenizer brings along. Clean uses one template for everything (by default the tokenizer's own chat template if it has
+one, see `inlay.tasks.template_choice`), learns the answer only, and never loses an answer's end. Which protocol and
+template made a number is always written beside it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from inlay.core.errors import InlayError, unknown
 from inlay.tasks import extract
 from inlay.tasks.extract import Extractor
 from inlay.tasks.task import Kind, Record
-from inlay.tasks.templates import CLEAN as CLEAN_TEMPLATE
-from inlay.tasks.templates import PUBLISHED_EVAL, PUBLISHED_TRAIN, Template
+from inlay.tasks.template_choice import AnyTemplate, choose
+from inlay.tasks.templates import ALPACA, PUBLISHED_EVAL, PUBLISHED_TRAIN, Template
 
 IGNORED = -100
 """Label of a token that is not learned (PyTorch's `ignore_index`)."""
@@ -29,9 +30,11 @@ class Protocol:
     name: str
     """`published` or `clean`: written into every result."""
     train: Template
-    """Template of training rows."""
+    """Template of training rows where none is given."""
     eval: Template
-    """Template of evaluation prompts."""
+    """Template of evaluation prompts where none is given."""
+    fixed: bool
+    """Whether no other template may be given."""
     loss_on: Literal["all", "answer"]
     """Tokens that are learned: prompt and answer, or the answer and its EOS."""
     beams: int
@@ -49,11 +52,27 @@ class Protocol:
             raise InlayError(f"protocol {self.name!r} has no extraction rule for {kind!r} answers; use 'clean'")
         return self.rules[kind](self.response(text), answers)
 
+    def template(self, asked: str | AnyTemplate | None, tokenizer: Any) -> AnyTemplate | None:
+        """The template of prompts under this protocol: the one asked for, or the tokenizer's default.
+
+        Returns None where the protocol fixes its templates, which `encode` and `encode_prompt` then take.
+        """
+        self.check_template(asked)
+        return None if self.fixed else choose(asked, tokenizer)
+
+    def check_template(self, asked: str | AnyTemplate | None) -> None:
+        """Raise InlayError for a template that this protocol does not let one choose."""
+        if self.fixed and asked not in (None, "auto", self.name):
+            raise InlayError(
+                f"protocol {self.name!r} fixes its templates; leave template {asked!r} out, or use protocol 'clean'"
+            )
+
 
 PUBLISHED = Protocol(
     name="published",
     train=PUBLISHED_TRAIN,
     eval=PUBLISHED_EVAL,
+    fixed=True,
     loss_on="all",
     beams=4,
     truncation="right",
@@ -62,8 +81,9 @@ PUBLISHED = Protocol(
 )
 CLEAN = Protocol(
     name="clean",
-    train=CLEAN_TEMPLATE,
-    eval=CLEAN_TEMPLATE,
+    train=ALPACA,
+    eval=ALPACA,
+    fixed=False,
     loss_on="answer",
     beams=1,
     truncation="prompt",
@@ -94,52 +114,70 @@ class Example:
     """Whether tokens were cut to fit the cutoff."""
 
 
-def encode(record: Record, tokenizer: Any, protocol: Protocol, cutoff: int) -> Example:
+def encode(
+    record: Record, tokenizer: Any, protocol: Protocol, cutoff: int, template: AnyTemplate | None = None
+) -> Example:
     """A training row of at most `cutoff` tokens.
 
     published: the whole text at once, cut on the right; EOS follows if there is room and it does not end in one
-    already; every token is learned. clean: prompt, answer and EOS are encoded apart, so that generation meets the very
-    same tokens; only answer and EOS are learned; a prompt too long loses its middle, from a quarter on.
+    already; every token is learned. clean: the prompt, and the answer with its end (EOS, or what ends a turn in the
+    chat template), are encoded apart, so that generation meets the very same tokens; only the latter are learned; a
+    prompt too long loses its middle, from a quarter on.
 
-    Raises InlayError for a tokenizer without EOS and, in clean, for an empty answer or one that fills the cutoff alone.
+    Args:
+        template: of a protocol that does not fix its own; `protocol.train` by default.
+
+    Raises InlayError for a tokenizer without EOS and, in clean, for an empty answer, one that fills the cutoff alone,
+    or a chat template whose prompts are not what its conversations begin with.
     """
     _check(tokenizer, cutoff)
-    prompt, answer = protocol.train.render(record)
+    protocol.check_template(template)
     everything = protocol.loss_on == "all"
     if protocol.truncation == "right":
+        prompt, answer = protocol.train.render(record)
         ids, cut = _cut_right(tokenizer, prompt + answer, cutoff)
         if len(ids) < cutoff and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
         masked = 0 if everything else len(_cut_right(tokenizer, prompt, cutoff)[0])
         return Example(ids, _labels(ids, masked), cut)
-    if not answer.strip():
+    if not record.output.strip():
         raise InlayError(f"nothing to learn: the output of the record {record.instruction[:60]!r} is empty")
-    tail = [*encode_answer(answer, tokenizer), tokenizer.eos_token_id]
+    template = template or protocol.train
+    tail = template.answer_ids(record, tokenizer)
     if len(tail) >= cutoff:
         raise InlayError(
             f"the answer alone has {len(tail)} tokens with its EOS, the cutoff is {cutoff}: raise the cutoff or drop "
             f"the record {record.instruction[:60]!r}"
         )
-    head, cut = _cut_middle(_prompt_ids(prompt, tokenizer), cutoff - len(tail))
+    head, cut = _cut_middle(template.prompt_ids(record, tokenizer), cutoff - len(tail))
     return Example(head + tail, _labels(head + tail, 0 if everything else len(head)), cut)
 
 
-def encode_prompt(record: Record, tokenizer: Any, protocol: Protocol, cutoff: int | None = None) -> Example:
+def encode_prompt(
+    record: Record,
+    tokenizer: Any,
+    protocol: Protocol,
+    cutoff: int | None = None,
+    template: AnyTemplate | None = None,
+) -> Example:
     """An evaluation prompt; all its labels are -100.
 
     published: never cut (as `evaluate.py`), so one longer than `cutoff` is an InlayError. clean: loses its middle
     beyond `cutoff`.
+
+    Args:
+        template: of a protocol that does not fix its own; `protocol.eval` by default.
     """
     _check(tokenizer, cutoff)
-    text = protocol.eval.prompt(record)
+    protocol.check_template(template)
     if protocol.truncation == "right":
-        ids, cut = list(tokenizer(text)["input_ids"]), False
+        ids, cut = list(tokenizer(protocol.eval.prompt(record))["input_ids"]), False
         if cutoff is not None and len(ids) > cutoff:
             raise InlayError(
                 f"prompt of {len(ids)} tokens over the cutoff {cutoff}; the published protocol never cuts a prompt"
             )
     else:
-        ids = _prompt_ids(text, tokenizer)
+        ids = (template or protocol.eval).prompt_ids(record, tokenizer)
         ids, cut = (ids, False) if cutoff is None else _cut_middle(ids, cutoff)
     return Example(ids, [IGNORED] * len(ids), cut)
 
@@ -149,9 +187,11 @@ def encode_answer(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_all(records: Iterable[Record], tokenizer: Any, protocol: Protocol, cutoff: int) -> tuple[list[Example], int]:
+def encode_all(
+    records: Iterable[Record], tokenizer: Any, protocol: Protocol, cutoff: int, template: AnyTemplate | None = None
+) -> tuple[list[Example], int]:
     """Every record encoded, and how many rows were truncated."""
-    examples = [encode(r, tokenizer, protocol, cutoff) for r in records]
+    examples = [encode(r, tokenizer, protocol, cutoff, template) for r in records]
     return examples, sum(e.truncated for e in examples)
 
 
@@ -164,12 +204,6 @@ def _check(tokenizer: Any, cutoff: int | None) -> None:
         raise InlayError("the tokenizer has no end-of-sequence token; set `tokenizer.eos_token`")
     if cutoff is not None and cutoff < 1:
         raise InlayError(f"cutoff {cutoff}: at least 1 token is needed")
-
-
-def _prompt_ids(text: str, tokenizer: Any) -> list[int]:
-    """Ids with the tokenizer's own start token; an EOS that some tokenizers append is taken off again."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _cut_right(tokenizer: Any, text: str, cutoff: int) -> tuple[list[int], bool]:

@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inlay.core.errors import InlayError
-from inlay.core.files import new_folder
+from inlay.core.files import new_folder, sha256
 
 Values = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]
 """Adapter, state and facts of a checkpoint."""
@@ -39,6 +40,8 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     state: dict[str, Any]
     about: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+    """Why later checkpoints were passed over."""
 
 
 def random_states() -> dict[str, Any]:
@@ -83,13 +86,12 @@ def write(run_dir: Path, step: int, adapter: dict[str, Tensor], state: dict[str,
                 {k: v.detach().cpu().contiguous().clone() for k, v in adapter.items()}, folder / "adapter.safetensors"
             )
             torch.save(state, folder / "state.pt")
+            about = about | {"sha256": {name: sha256(folder / name) for name in ("adapter.safetensors", "state.pt")}}
+            about = about | {"digest": _digest(about)}
             (folder / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
-    except Exception as e:  # a full disk is an OSError, a RuntimeError or a SafetensorError, depending on who writes
-        free = shutil.disk_usage(run_dir).free  # PyTorch's own error does not speak of the disk
+    except Exception as e:
         clean(run_dir)
-        raise InlayError(
-            f"cannot write {path}: {e} ({free:,} bytes were free). {last_good(run_dir)} Make room, then resume."
-        ) from e
+        raise InlayError(f"cannot write {path}: {e}. {last_good(run_dir)} Make room, then resume.") from e
     shutil.rmtree(aside, ignore_errors=True)
     return path
 
@@ -186,12 +188,43 @@ def _delete(run_dir: Path, unwanted: Sequence[int]) -> None:
         shutil.rmtree(gone)
 
 
+def _digest(about: Mapping[str, Any]) -> str:
+    """Hex digest of a checkpoint's JSON, this digest aside."""
+    text = json.dumps({k: v for k, v in about.items() if k != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(path: Path, about: Mapping[str, Any]) -> None:
+    """Compare a checkpoint with its digests, which those of earlier versions have not."""
+    if "sha256" not in about:
+        return
+    if about.get("digest") != _digest(about):
+        raise InlayError("checkpoint.json was changed after it was written")
+    for name, digest in about["sha256"].items():
+        if sha256(path / name) != digest:
+            raise InlayError(f"{name} was changed after it was written")
+
+
+def latest(run_dir: Path) -> Checkpoint | None:
+    """Return the last checkpoint that is whole, None if there is none; raise InlayError if all are damaged."""
+    skipped: list[InlayError] = []
+    for step in reversed(steps(run_dir)):
+        try:
+            return replace(read(run_dir / f"checkpoint-{step}"), skipped=tuple(map(str, skipped)))
+        except InlayError as e:
+            skipped.append(e)
+    if skipped:
+        raise skipped[0]
+    return None
+
+
 def read(path: Path) -> Checkpoint:
     """A checkpoint folder; raises InlayError if there is none or it is damaged."""
     if not (path / "checkpoint.json").is_file():
         raise InlayError(f"{path} is no checkpoint: it has no checkpoint.json. {last_good(path.parent)}")
     try:
         about = json.loads((path / "checkpoint.json").read_text())
+        _check(path, about)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return Checkpoint(path, load_file(path / "adapter.safetensors"), state, about)
     except Exception as e:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.core.errors import InlayError, unknown
+from inlay.core.errors import InlayError, Terminated, unknown
+from inlay.core.files import DiskError
 from inlay.core.host import Host
 from inlay.engine import cache
 from inlay.engine.example import Example
 from inlay.models.base import DTYPES
+from inlay.tasks.protocols import PROTOCOLS
+from inlay.tasks.template_choice import AnyTemplate, template_json
 from inlay.train import checkpoint, record
 from inlay.train.bar import Bar
 from inlay.train.batches import usable
@@ -22,6 +25,7 @@ from inlay.train.objective import Objective
 from inlay.train.observe import Observer
 from inlay.train.ranks import joined
 from inlay.train.settings import TrainSettings, identity
+from inlay.train.signals import Termination, termination
 from inlay.train.track import Journal, Mute, chosen, trackers
 
 
@@ -60,6 +64,7 @@ def fit(
     facts: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
     observers: Sequence[Observer] = (),
+    template: AnyTemplate | None = None,
 ) -> RunResult:
     """Train the adapter `name`, which hangs on `host`, on encoded examples.
 
@@ -74,6 +79,8 @@ def fit(
         facts: further entries for `data.json`, also kept with the adapter.
         objective: what is minimised; the mean over learned tokens if not given.
         observers: told of every step (see `inlay.train.observe`).
+        template: of the examples' prompts, which is recorded with the adapter; if not given, the one of
+            `settings.data.protocol`.
 
     Raises:
         InlayError: no gradient reached the adapter; the loss or gradient is not finite (that step is not taken, and the
@@ -81,6 +88,10 @@ def fit(
     """
     run_dir = Path(run_dir)
     _check(host, name, settings)
+    if template is None and name not in host.templates and settings.data.protocol in PROTOCOLS:
+        template = PROTOCOLS[settings.data.protocol].eval
+    if template is not None:
+        host.templates[name] = template_json(template)
     train, val = usable(examples, "training"), usable(val_examples, "validation") if val_examples else []
     about = _about(examples, train, val_examples, val, facts or {})
     digests = [part["sha256_of_tokens"] for part in (about["train"], about["validation"]) if part]
@@ -146,14 +157,17 @@ def _announce(
     loop: Loop, journal: Journal, run_dir: Path, found: checkpoint.Checkpoint | None, beside: Sequence[str]
 ) -> None:
     kept = loop.settings.run.cache_activations
+    form = {"base_form": loop.base["form"]} if "form" in loop.base else {}
     changed = record.write_environment(
-        run_dir, loop.host.device, loop.step, ranks=loop.team.size, cache_activations=kept
+        run_dir, loop.host.device, loop.step, ranks=loop.team.size, cache_activations=kept, **form
     )
     if found is None:
         journal.say(
             f"begin: {loop.host.count(loop.name):,} trained numbers, {loop.total} steps, {loop.feed.per_epoch} an epoch"
         )
     else:
+        for damaged in found.skipped:
+            journal.tell(f"passed over: {damaged}")
         journal.say(f"go on from {found.path}, step {loop.step} of {loop.total}")
     if beside:
         more = ", ..." if len(beside) > 5 else ""
@@ -179,6 +193,8 @@ def _run(
     for outlet in outlets:
         stack.callback(outlet.close)
     bar = stack.enter_context(Bar(loop.total, loop.step, loop.settings.run.progress and loop.team.first))
+    # Ranks take the signal in different steps: together they could not save, so there it ends them at once.
+    asked = stack.enter_context(termination()) if loop.team.size == 1 else Termination()
     try:
         loop.objective.prepare(loop.survey)
         for observer in observers:
@@ -190,8 +206,10 @@ def _run(
             for outlet in outlets:
                 outlet.log({k: v for k, v in metrics.items() if k != "step" and not isinstance(v, list)}, loop.step)
             bar.update(metrics)
-            if _due(loop, better):
+            if _due(loop, better) or asked.requested:
                 loop.save(run_dir, data)
+            if asked.requested and loop.step < loop.total:
+                raise Terminated
         loop.writer.wait()
         loop.team.ready()
     except BaseException as e:
@@ -244,15 +262,18 @@ def _stop(loop: Loop, run_dir: Path, journal: Journal, e: BaseException) -> None
     if isinstance(e, Exception) and not loop.unheard:
         loop.team.fail()
     with contextlib.suppress(OSError):  # the disk may be why it stopped
-        if isinstance(e, KeyboardInterrupt):
+        if isinstance(e, (KeyboardInterrupt, Terminated)):
             there = checkpoint.last_good(run_dir)
-            journal.tell(f"stopped after step {loop.step}. {there} To go on: --resume, or resume=True")
+            why = "" if isinstance(e, KeyboardInterrupt) else " by SIGTERM"
+            journal.tell(f"stopped{why} after step {loop.step}. {there} To go on: --resume, or resume=True")
         else:
             journal.say(f"stopped after step {loop.step}: {type(e).__name__}: {e}")
 
 
 def _told(run_dir: Path, e: BaseException) -> InlayError | None:
     """An error in words that say what to do, where it needs any."""
+    if isinstance(e, DiskError):
+        return InlayError(f"{e}. {checkpoint.last_good(run_dir)} Make room, then resume.")
     if isinstance(e, OSError):
         return InlayError(f"cannot write to {run_dir}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume.")
     if isinstance(e, Diverged):
@@ -280,10 +301,8 @@ def _finish(loop: Loop, run_dir: Path, journal: Journal, facts: Mapping[str, Any
                 base=loop.base,
             )
         )
-    except OSError as e:
-        raise InlayError(
-            f"cannot write {run_dir / 'adapter'}: {e}. {checkpoint.last_good(run_dir)} Make room, then resume."
-        ) from e
+    except DiskError as e:
+        raise InlayError(f"{e}. {checkpoint.last_good(run_dir)} Make room, then resume.") from e
     journal.say(f"done: {adapter} holds the {final} weights{f' (step {best_step})' if final == 'best' else ''}")
     loss = loop.team.from_first(lambda: _last_loss(run_dir))
     return RunResult(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from inlay.core import processor
 from inlay.core.errors import InlayError
 from inlay.core.files import make_folder, write_text
 from inlay.engine import cache
@@ -117,8 +118,7 @@ def _begun(run_dir: Path) -> bool:
 def _latest(run_dir: Path, resume: bool | str | Path) -> Checkpoint | None:
     if isinstance(resume, (str, Path)):
         return checkpoint.read(Path(resume))
-    there = checkpoint.steps(run_dir)
-    return checkpoint.read(run_dir / f"checkpoint-{there[-1]}") if resume and there else None
+    return checkpoint.latest(run_dir) if resume else None
 
 
 def _wipe(run_dir: Path) -> None:
@@ -147,6 +147,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         else f"{device.type} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **processor.describe(),
     }
 
 
@@ -165,6 +166,14 @@ def _commit() -> str | None:
         ).stdout
         return head + ("+" if dirty.strip() else "")
     return None
+
+
+def threads_of(run_dir: Path) -> int | None:
+    """The number of threads of a run's last session; None where nothing tells."""
+    try:
+        return int(json.loads((run_dir / "environment.json").read_text())["sessions"][-1]["threads"])
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 def write_environment(run_dir: Path, device: torch.device, step: int, **more: Any) -> list[str]:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import InlayError
 from inlay.core.files import sha256
+from inlay.threads import keep_threads
 from inlay.train.ahead import Ahead
 from inlay.train.fitting import RunResult, fit
 from inlay.train.loop import seed_everything
 from inlay.train.ranks import Team, joined, place, spread
-from inlay.train.record import check
+from inlay.train.record import check, threads_of
 from inlay.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
     from inlay.core.host import Host
     from inlay.engine.example import Example
-    from inlay.tasks import Protocol, Record
+    from inlay.tasks import AnyTemplate, Protocol, Record
     from inlay.train.objective import Objective
     from inlay.train.observe import Observer
 
@@ -35,6 +36,8 @@ class Lesson:
     facts: dict[str, Any] = field(default_factory=dict)
     """Entries for `data.json`."""
     objective: Objective | None = None
+    template: AnyTemplate | None = None
+    """By which the adapter is to be asked; recorded with it."""
     observers: Sequence[Observer] = ()
 
 
@@ -68,20 +71,25 @@ def train(
 def records(settings: TrainSettings, progress: bool) -> Teach:
     """The lesson of a task or file, tokenised while the base is loaded."""
     from inlay.models.base import load_tokenizer
-    from inlay.tasks import encode, protocols
+    from inlay.tasks import encode, protocols, template_choice
 
-    protocol = protocols.get(settings.data.protocol)
+    protocol, asked = protocols.get(settings.data.protocol), settings.data.template
+    protocol.check_template(asked)
+    template_choice.check(asked)
     train, val = read(settings.data, settings.run.seed)
 
     def prepare() -> Callable[[Record], Example]:
         own = load_tokenizer(settings.model)
-        return lambda record: encode(record, own, protocol, settings.data.cutoff)
+        template = protocol.template(asked, own)
+        return lambda record: encode(record, own, protocol, settings.data.cutoff, template)
 
     ahead = Ahead([*train, *val], prepare)
 
     def teach(host: Host, tokenizer: Any) -> Lesson:
         examples = ahead.get("tokenising", progress)
-        return Lesson(examples[: len(train)], examples[len(train) :], provenance(settings.data, protocol))
+        template = protocol.template(asked, tokenizer)
+        facts = provenance(settings.data, protocol, template or protocol.train)
+        return Lesson(examples[: len(train)], examples[len(train) :], facts, template=template or protocol.eval)
 
     return teach
 
@@ -102,6 +110,8 @@ def _train(
     edit = row.make(**settings.settings)
     known_device(settings.run.device)
     team.from_first(lambda: check(settings.out, settings, resume, overwrite))
+    if resume:
+        keep_threads(threads_of(settings.out))
     teach = plan(settings, settings.run.progress and team.first)
     # A base to be sharded is taken to the devices block by block.
     device = "cpu" if spread(settings.run.parallel, team.size)[0] else str(place(settings.run.device))
@@ -128,6 +138,7 @@ def _train(
         facts=lesson.facts,
         objective=lesson.objective,
         observers=lesson.observers,
+        template=lesson.template,
     )
 
 
@@ -151,12 +162,11 @@ def read(data: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
     return [r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)]
 
 
-def provenance(data: DataSettings, protocol: Protocol) -> dict[str, Any]:
+def provenance(data: DataSettings, protocol: Protocol, template: AnyTemplate) -> dict[str, Any]:
     """Where the data came from and how it was written out, for `data.json`."""
     from inlay.tasks import get
 
-    template = protocol.train
-    shown = hashlib.sha256(f"{template.bare}\0{template.paired}".encode()).hexdigest()
+    shown = hashlib.sha256(template.text.encode()).hexdigest()
     task = get(data.task) if data.task is not None else None
     return {
         "task": task.name if task else None,

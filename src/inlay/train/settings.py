@@ -64,7 +64,12 @@ class DataSettings:
     limit: int | None = None
     """At most so many training records, drawn with the seed (of a generated task: how many are generated)."""
     protocol: str = "clean"
-    """Prompt template and loss: `clean` (loss on the answer) or `published` (LLM-Adapters' strings and loss)."""
+    """Loss and truncation: `clean` (loss on the answer) or `published` (LLM-Adapters' prompts and loss)."""
+    template: str | None = None
+    """How records become prompts: chat (the tokenizer's own chat template), alpaca (`### Instruction: ...`), none (as
+    they are), or a FILE (a Jinja chat template, or a text with {instruction}). If not given: chat if the tokenizer has
+    one, else alpaca. It is recorded in the adapter, which is asked by it from then on. Protocol `published` fixes its
+    own."""
     cutoff: int = 256
     """Longest example in tokens; what is longer is cut, and counted in `data.json`."""
     group_by_length: bool = False
