@@ -150,6 +150,21 @@ def test_schema_errors(tmp_path: Path, rows: list, message: str) -> None:
         load(dataclasses.replace(get("gsm8k"), checksums={}), source=path)
 
 
+@pytest.mark.parametrize("column", sorted(loading._MEANT))
+def test_a_column_that_belongs_to_the_task_is_never_dropped(tmp_path: Path, column: str) -> None:
+    file = write(tmp_path / "a.json", [ROW, ROW | {column: ["said before"]}])
+    with pytest.raises(InlayError, match=rf"record 1: the column '{column}' belongs to the task"):
+        load("math_10k", "train", file)
+    write(file, [ROW | {column: None}, ROW | {column: []}])  # there, and empty
+    assert len(load("math_10k", "train", file)) == 2
+
+
+def test_other_columns_are_named_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", [ROW | {"id": 7}, ROW | {"source": "web", "note": ""}])
+    with pytest.warns(UserWarning, match="nothing is learned of the columns id, source$"):
+        load("math_10k", "train", file)
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text('[{"a": 1},\n{"a" 2}]')
     with pytest.raises(InlayError, match=r"f\.json, line 2: not JSON"):

@@ -195,3 +195,20 @@ def test_data_that_does_not_exist(tmp_path, folder, data, changes, match):
     s = recipe(tmp_path, folder, data)
     with pytest.raises(InlayError, match=match):
         train(replace(s, data=replace(s.data, **changes)))
+
+
+# ---- rows that cannot be learned -------------------------------------------------------------------------------------
+def test_records_without_an_output_are_all_named_or_left_out(tmp_path):
+    from inlay.train import DataSettings
+    from inlay.train.run import read
+
+    rows = [{"instruction": f"say {i}", "output": f"ok {i}"} for i in range(30)]
+    rows[7] = rows[23] = {"instruction": "Write a poem.", "output": " "}
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(InlayError, match=r"2 of 30 records have an empty output.*record 7, 23, counted from 0.*skip"):
+        read(DataSettings(train_file=file), 0)
+    with pytest.warns(UserWarning, match="2 of 30 records left out"):
+        kept, _ = read(DataSettings(train_file=file, empty_outputs="skip"), 0)
+    assert [r.output for r in kept] == [r["output"] for r in rows if r["output"].strip()]
+    assert len(read(DataSettings(train_file=file, protocol="published"), 0)[0]) == 30  # prompts are learned, too

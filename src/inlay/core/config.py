@@ -15,6 +15,13 @@ def text_config(config: Any) -> Any:
         return getattr(config, "decoder", None) or getattr(config, "text_config", None) or config
 
 
+def context_length(config: Any) -> int | None:
+    """Return the number of positions a language model was made for; None where it sets no limit (ALiBi)."""
+    text = text_config(config)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((v for name in names if isinstance(v := getattr(text, name, None), int)), None)
+
+
 def tied(model: nn.Module) -> bool:
     """Whether embedding and head are one weight, as the model holds them; else as its configuration says."""
     try:

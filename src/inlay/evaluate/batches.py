@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.config import text_config
+from inlay.core.config import context_length, text_config
 from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn, read_plan
@@ -79,11 +79,7 @@ def turns(plans: Sequence[Worn]) -> dict[Worn, int]:
 
 def context(host: Host) -> int | None:
     """Most positions the base was made for; None where it sets no limit (ALiBi)."""
-    config = text_config(host.model.config)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    return None
+    return context_length(host.model.config)
 
 
 def room(host: Host, worn: Worn) -> int:

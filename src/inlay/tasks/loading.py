@@ -21,6 +21,11 @@ from inlay.tasks import table
 from inlay.tasks.task import Record, Row, Task
 
 _SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_FIELDS = ("instruction", "input", "output", "answer")
+_MEANT = frozenset(
+    "system history context tools functions images image videos audios messages conversations prompt completion".split()
+)
+"""Further columns of public files that say something of the task: without them another question is asked."""
 _PUBLISHED = ("instruction", "original_text")
 """Fields that tell LLM-Adapters' own files, which have known digests, from other public forms, which have sizes."""
 
@@ -132,6 +137,8 @@ def _records(rows: Sequence[Any], task: Task, split: str, where: str, published:
     if not rows:
         raise InlayError(f"{where} holds no records")
     kept = [_record(row, task, split, where, i) for i, row in enumerate(rows)]
+    if others := sorted({k for row in rows if "instruction" in row for k, v in row.items() if v} - {*_FIELDS}):
+        warnings.warn(f"{where}: nothing is learned of the columns {', '.join(others)}", stacklevel=4)
     records = [r for r in kept if r is not None]
     if len(records) < len(rows):
         gone = len(rows) - len(records)
@@ -155,7 +162,7 @@ def _record(row: Any, task: Task, split: str, where: str, index: int) -> Record 
                 return form.build(row)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise InlayError(f"{at}: not a {task.name} row: {type(error).__name__}: {error}") from error
-    forms = [("instruction", "input", "output", "answer"), *(form.fields for form in task.formats)]
+    forms = [_FIELDS, *(form.fields for form in task.formats)]
     best = max(forms, key=lambda fields: sum(name in row for name in fields))
     missing = ", ".join(repr(name) for name in best if name not in row)
     alike = [
@@ -169,8 +176,13 @@ def _plain(row: Row, task: Task, split: str, at: str) -> Record:
     needed: tuple[str, ...] = ("instruction", "output") if task.group == "training" else ("instruction", "answer")
     if split == "train" and task.group != "training":
         needed = ("instruction", "output", "answer")
+    if meant := sorted(k for k, v in row.items() if k in _MEANT and v):
+        raise InlayError(
+            f"{at}: the column {meant[0]!r} belongs to the task, and this format ({', '.join(_FIELDS)}) does not learn "
+            f"from it; write its text into 'instruction' or 'input', or take the column out"
+        )
     values: dict[str, str] = {}
-    for name in ("instruction", "input", "output", "answer"):
+    for name in _FIELDS:
         value = row.get(name)
         if value is None and name not in needed:
             value = ""

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.core.config import context_length
 from inlay.core.errors import InlayError, Terminated, unknown
 from inlay.core.files import DiskError
 from inlay.core.host import Host
 from inlay.engine import cache
-from inlay.engine.example import Example
+from inlay.engine.example import Example, as_example
 from inlay.models.base import DTYPES
 from inlay.tasks.protocols import PROTOCOLS
 from inlay.tasks.template_choice import AnyTemplate, template_json
@@ -92,7 +93,10 @@ def fit(
         template = PROTOCOLS[settings.data.protocol].eval
     if template is not None:
         host.templates[name] = template_json(template)
+    examples = [as_example(row, f"training example {i}") for i, row in enumerate(examples)]
+    val_examples = [as_example(row, f"validation example {i}") for i, row in enumerate(val_examples)]
     train, val = usable(examples, "training"), usable(val_examples, "validation") if val_examples else []
+    _check_lengths(host, name, [*train, *val])
     about = _about(examples, train, val_examples, val, facts or {})
     digests = [part["sha256_of_tokens"] for part in (about["train"], about["validation"]) if part]
     data = "+".join(digests) + (objective.digest if objective else "")
@@ -150,6 +154,21 @@ def _check(host: Host, name: str, settings: TrainSettings) -> None:
     if wanted and host.dtype != DTYPES[wanted]:
         raise InlayError(
             f"the settings say dtype {wanted}, but the base is {host.dtype}; load it so, or leave dtype out"
+        )
+
+
+def _check_lengths(host: Host, name: str, examples: Sequence[Example]) -> None:
+    """Refuse examples that, behind the adapter's virtual tokens, are longer than the base's context."""
+    limit, virtual = context_length(host.model.config), host.edits[name].room
+    longest = max(len(e.input_ids) for e in examples)
+    if limit is not None and longest + virtual > limit:
+        over = sum(len(e.input_ids) + virtual > limit for e in examples)
+        columns = f" and {virtual} virtual tokens" if virtual else ""
+        raise InlayError(
+            f"{over} of {len(examples)} examples do not fit into the base's context of {limit} positions: the longest "
+            f"has {longest} tokens{columns}; set the cutoff to {limit - virtual} or less"
+            if virtual < limit
+            else f"{virtual} virtual tokens do not fit into the base's context of {limit} positions; use fewer"
         )
 
 

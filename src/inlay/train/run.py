@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,13 +154,38 @@ def read(data: DataSettings, seed: int) -> tuple[list[Record], list[Record]]:
     if data.val_file is not None and data.val_size:
         raise InlayError("give val_file or val_size, not both")
     file = Task(name="your file", kind="text", group="training", licence="not known", sizes={})
-    records = load(data.task or file, "train", data.train_file, data.limit, seed)
+    records = with_output(load(data.task or file, "train", data.train_file, data.limit, seed), data)
     if data.val_file is not None:
         return records, load(file, "train", data.val_file)
     if data.val_size >= len(records):
         raise InlayError(f"val_size {data.val_size} leaves nothing to train on: there are {len(records)} records")
     held = set(random.Random(seed).sample(range(len(records)), data.val_size))
     return [r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)]
+
+
+def with_output(records: list[Record], data: DataSettings) -> list[Record]:
+    """Return the records that have something to learn where only the output is learned.
+
+    Raises:
+        InlayError: `data.empty_outputs` is `refuse` and some have no output; it names them all.
+    """
+    from inlay.tasks import protocols
+
+    if protocols.get(data.protocol).loss_on != "answer":
+        return records
+    empty = [i for i, r in enumerate(records) if not r.output.strip()]
+    if not empty:
+        return records
+    source = data.train_file or data.task
+    which = ", ".join(map(str, empty[:20])) + (", ..." if len(empty) > 20 else "")
+    drawn = "" if data.limit is None else f" of the {len(records)} that were drawn"
+    if data.empty_outputs == "refuse":
+        raise InlayError(
+            f"{source}: {len(empty)} of {len(records)} records have an empty output, so there is nothing to learn: "
+            f"record {which}{drawn}, counted from 0. Mend them, or leave them out with --empty-outputs skip"
+        )
+    warnings.warn(f"{source}: {len(empty)} of {len(records)} records left out, their output is empty", stacklevel=2)
+    return [r for r in records if r.output.strip()]
 
 
 def provenance(data: DataSettings, protocol: Protocol, template: AnyTemplate) -> dict[str, Any]:

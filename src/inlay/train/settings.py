@@ -70,6 +70,9 @@ class DataSettings:
     they are), or a FILE (a Jinja chat template, or a text with {instruction}). If not given: chat if the tokenizer has
     one, else alpaca. It is recorded in the adapter, which is asked by it from then on. Protocol `published` fixes its
     own."""
+    empty_outputs: Literal["refuse", "skip"] = "refuse"
+    """What becomes of records without an output where only the output is learned: an error that names them, or they are
+    left out and counted."""
     cutoff: int = 256
     """Longest example in tokens; what is longer is cut, and counted in `data.json`."""
     group_by_length: bool = False
