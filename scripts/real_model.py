@@ -30,7 +30,7 @@ METHODS = {
     "lora": "--rank 16 --alpha 32 --at linear --lr 1e-3",
     "series": "--size 64 --at o,down --lr 1e-3",
     "parallel": "--size 64 --at q,k,v,up,down --lr 1e-3",
-    "prefix": "--tokens 16 --std 1.0 --lr 0.1",
+    "prefix": "--tokens 16 --lr 3e-2",
 }
 COMMON = (
     "--protocol clean --batch-size 16 --micro-batch 16 --group-by-length --warmup 0.1 --schedule cosine --cutoff 512 "
@@ -134,7 +134,7 @@ def arguments() -> argparse.Namespace:
     add("--kinds", nargs="+", default=list(TESTS), choices=list(TESTS))
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add("--seeds", type=int, nargs="+", default=[0, 1], help="of the first method; the others run with the first seed")
-    add("--steps", type=pairs, nargs="+", default=[], help="of 16 rows, e.g. math=100 commonsense=70")
+    add("--steps", type=pairs, nargs="+", default=[], help="of 16 rows, default math=80 commonsense=60")
     add("--items", type=int, default=100, help="items of each test file, drawn with seed 0; 0: all")
     add("--items-of", type=pairs, nargs="+", default=[], help="items of single files, e.g. gsm8k=50 mawps=0")
     add("--dtype", default="bf16", help="of the base, in training and evaluation")
@@ -146,7 +146,7 @@ def arguments() -> argparse.Namespace:
     add("--page", type=Path, default=Path("docs/results/real_model.md"))
     add("--estimate", action="store_true", help="ten steps and eight items a file, in OUT/estimate; no page")
     args = parser.parse_args()
-    args.steps = {"math": 100, "commonsense": 70} | dict(args.steps)
+    args.steps = {"math": 80, "commonsense": 60} | dict(args.steps)
     args.items_of = dict(args.items_of)
     return args
 

@@ -12,9 +12,10 @@ from real_data import scores, training_files, unseen
 HEAD = """# Real data on a real base
 
 `{model}` ({form}), adapted with `inlay train` to real training files and scored with `inlay eval` on real test files.
-Protocol `clean`, base in {dtype}. Training: {steps}. Test files: {items}, drawn with seed 0. Intervals: 95 %, Wilson
-for accuracies; bootstrap over items for differences to the bare base on the same items, with McNemar's exact p.
-*Unseen*: the items whose question does not stand in the training file. Written by `scripts/real_model.py`.
+Protocol `clean`, template `{template}`, base in {dtype}. Training: {steps}. Test files: {items}, drawn with seed 0.
+Intervals: 95 %, Wilson for accuracies; bootstrap over items for differences to the bare base on the same items, with
+McNemar's exact p. *Unseen*: the items whose question does not stand in the training file. Written by
+`scripts/real_model.py`.
 
 """
 
@@ -26,7 +27,10 @@ def page(trained: list[Any], scored: list[Any], args: argparse.Namespace) -> str
     sizes = [f"{n or 'all'} of {task}" for task, n in args.items_of.items()]
     items = ", ".join([f"{args.items or 'all'} items each", *sizes])
     form = settings["base"].get("form", "as published")
-    parts = [HEAD.format(model=args.model, form=form, dtype=args.dtype, steps=steps, items=items)]
+    template = json.loads((trained[0].out / "data.json").read_text())["template"]["name"]
+    parts = [
+        HEAD.format(model=args.model, form=form, template=template, dtype=args.dtype, steps=steps, items=items),
+    ]
     for kind in args.kinds:
         folders: dict[str, list[Path]] = {}
         for job in scored:

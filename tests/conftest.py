@@ -37,7 +37,8 @@ def pytest_terminal_summary(terminalreporter):
 
     for name, base in real.CATALOGUE.items():
         if not real.installed(name):
-            terminalreporter.write_line(f"tests/real was skipped: {name} is not installed. To run it: {base.install}")
+            reason = f"{name}, or what converts it, is not installed. To run it: {base.install}"
+            terminalreporter.write_line(f"tests/real was skipped: {reason}")
 
 
 @pytest.fixture(params=["mkl", "onednn"])

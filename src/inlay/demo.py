@@ -1,4 +1,4 @@
-"""The demonstration: four adapters on the embedded base, before and after on held-out questions; all in one batch."""
+"""The demonstration: four adapters on one base, before and after on held-out questions; all in one batch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,35 @@ ARMS = (
 )
 """Sizes and rates suit a base of three million parameters and a hundred steps, not large models."""
 
+REAL_ARMS = (
+    Arm("lora", "lora", {"rank": 16}, lr=1e-3),
+    Arm("series", "series", {"size": 64}, lr=2e-3),
+    Arm("parallel", "parallel", {"size": 64}, lr=2e-3),
+    Arm("prefix", "prefix", {"tokens": 10}, lr=3e-2),
+)
+"""For the bases of `inlay.models.real`: a hundred million parameters, some twenty steps."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a demonstration takes a few minutes on two cores."""
+
+    arms: tuple[Arm, ...]
+    steps: int
+    batch_size: int
+    questions: int
+
+
+SMALL = Scale(ARMS, steps=100, batch_size=16, questions=100)
+REAL = Scale(REAL_ARMS, steps=25, batch_size=8, questions=20)
+
+
+def scale_of(model: str) -> Scale:
+    """What suits a base by its name."""
+    from inlay.models import real
+
+    return REAL if model in real.CATALOGUE else SMALL
+
 
 @dataclass(frozen=True)
 class Row:
@@ -66,10 +95,10 @@ def demo(
     *,
     model: str = "tiny-llama",
     task: str = "world-addsub",
-    steps: int = 100,
-    batch_size: int = 16,
+    steps: int | None = None,
+    batch_size: int | None = None,
     records: int = 2000,
-    questions: int = 100,
+    questions: int | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     progress: bool = True,
@@ -79,7 +108,7 @@ def demo(
 
     Args:
         out: folder of the runs; each adapter is left in `<out>/<name>/adapter`.
-        steps, batch_size: of each adapter's training.
+        steps, batch_size: of each adapter's training; those of `scale_of(model)` if not given, as for `questions`.
         records: training records drawn.
         questions: held-out questions scored.
         say: told what happens, line by line.
@@ -91,6 +120,9 @@ def demo(
     from inlay.models.base import load_base
     from inlay.tasks import load
 
+    scale = scale_of(model)
+    steps, questions = scale.steps if steps is None else steps, scale.questions if questions is None else questions
+    batch_size = batch_size or scale.batch_size
     if steps < 1 or questions < 1:
         raise InlayError(f"steps {steps} and questions {questions}: at least 1 each")
     torch.manual_seed(seed)
@@ -98,22 +130,23 @@ def demo(
     total = sum(p.numel() for p in frozen.parameters())
     host = attach(frozen)
     train, test = load(task, "train", limit=records, seed=seed), load(task, "test", limit=questions, seed=seed)
-    say(f"base {model}: {total:,} frozen parameters")
+    form = getattr(frozen.config, "base_form", None)
+    say(f"base {model}: {total:,} frozen parameters" + (f"; {form}" if form else ""))
     say(f"task {task}: {len(train):,} training records, {len(test)} held-out questions")
     before = judge(host, tokenizer, task, test, [None], progress)[None]
     say(f"before: the bare base answers {sum(ok for ok, _ in before)} of {len(test)}")
     seconds = {}
-    for arm in ARMS:
+    for arm in scale.arms:
         seconds[arm.name] = fit_arm(host, tokenizer, arm, train, out, steps, batch_size, seed, say, progress)
-    after = judge(host, tokenizer, task, test, [arm.name for arm in ARMS], progress)
+    after = judge(host, tokenizer, task, test, [arm.name for arm in scale.arms], progress)
     rows = [Row("bare base", "", 0, 0.0, sum(ok for ok, _ in before), len(test), 0.0)]
-    for arm in ARMS:
+    for arm in scale.arms:
         count = host.count(arm.name)
         at = ",".join(dict.fromkeys(s.spot.role for s in host.sites.values() if arm.name in s.places))
         right = sum(ok for ok, _ in after[arm.name])
         rows.append(Row(arm.name, at, count, 100 * count / (total + count), right, len(test), seconds[arm.name]))
     i = telling(before, after)
-    everyone: list[str | None] = [None, *(arm.name for arm in ARMS)]
+    everyone: list[str | None] = [None, *(arm.name for arm in scale.arms)]
     said = mixed(host, tokenizer, test[i], everyone)
     spoken = {name or "bare base": text for name, text in said.items()}
     return Result(task, tuple(rows), test[i].instruction, test[i].answer, spoken)
@@ -125,13 +158,14 @@ def fit_arm(
 ) -> float:  # fmt: skip
     """Hang and train one adapter; its training time in seconds."""
     from inlay.methods import method
-    from inlay.tasks import CLEAN, encode_all
+    from inlay.tasks import CLEAN, choose, encode_all
     from inlay.train import DataSettings, OptimSettings, RunSettings, TrainSettings, fit
 
     row = method(arm.method)
     host.add(arm.name, row.make(**arm.settings), at=row.places, seed=seed)
     say(f"training {arm.name}: {host.count(arm.name):,} parameters, {steps} steps of {batch_size}")
-    examples, _ = encode_all(list(train), tokenizer, CLEAN, 256)
+    template = choose(None, tokenizer)
+    examples, _ = encode_all(list(train), tokenizer, CLEAN, 256, template)
     settings = TrainSettings(
         model=str(getattr(host.model.config, "_name_or_path", "") or "base"),
         method=arm.method,
@@ -143,7 +177,7 @@ def fit_arm(
         run=RunSettings(seed=seed, save_every=0, loggers=("none",), progress=progress),
     )
     began = time.perf_counter()
-    fit(host, arm.name, examples, [], settings, settings.out, tokenizer, overwrite=True)
+    fit(host, arm.name, examples, [], settings, settings.out, tokenizer, overwrite=True, template=template)
     return time.perf_counter() - began
 
 
@@ -153,11 +187,12 @@ def judge(
     """(right or not, text) per adapter and record; the batches mix all adapters."""
     from inlay.evaluate import GenerateSettings
     from inlay.evaluate.decode import generate_each
-    from inlay.tasks import CLEAN, get
+    from inlay.tasks import choose, get
     from inlay.tasks.score import score
 
     rows = [(name, i) for i in range(len(records)) for name in names]
-    prompts = [CLEAN.eval.prompt(records[i]) for _, i in rows]
+    template = choose(None, tokenizer)
+    prompts = [template.prompt_ids(records[i], tokenizer) for _, i in rows]
     settings = GenerateSettings(max_new_tokens=get(task).max_new_tokens, batch_size=50)
     texts: dict[int, str] = {}
     with _bar(progress) as bar:
@@ -190,8 +225,8 @@ def telling(before: list[tuple[bool, str]], after: dict[Any, list[tuple[bool, st
 def mixed(host: Host, tokenizer: Any, record: Record, plan: Sequence[str | None]) -> dict[str | None, str]:
     """One question, one batch, each row another adapter."""
     from inlay.evaluate import GenerateSettings, generate
-    from inlay.tasks import CLEAN
+    from inlay.tasks import choose
 
-    prompts = [CLEAN.eval.prompt(record)] * len(plan)
+    prompts = [choose(None, tokenizer).prompt_ids(record, tokenizer)] * len(plan)
     said = generate(host, tokenizer, prompts, list(plan), GenerateSettings(max_new_tokens=64, batch_size=len(plan)))
     return {name: one.text for name, one in zip(plan, said, strict=True)}

@@ -12,6 +12,7 @@ import inlay
 from inlay.core.errors import InlayError
 from inlay.engine.trainer import PackingCollator, packed_forward
 from inlay.train import fit
+from inlay.train.ways import Packed
 from tests.engine.graph import nodes
 from tests.interop.trainers import arguments, losses, pad, sft, texts, trainer
 from tests.train.tiny import Row, base, copy, rows, settings, wearing
@@ -100,7 +101,21 @@ def test_packed_trainer_under_autocast_learns_what_trainer_learns(tmp_path, meth
     assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in want], rel=2e-3)
 
 
-def test_a_first_batch_without_learned_tokens_decides_nothing():
+@pytest.mark.parametrize("method", ["lora", "dora", "road1", "ia3", "series", "prefix"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_packs_without_learned_tokens_have_a_loss_of_zero(library, method, tokens):
+    """In the engine's own loop, too; one token a row is the least there is."""
+    host, data = wearing(method), [Row([5, 6, 7, 8][:tokens], [-100] * tokens)] * 2
+    way = Packed(host, 0, 64)
+    with host.using("a"), way.active():
+        for part in way.split(data):
+            loss = way.loss(part)
+            loss.backward()
+            assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in host.parameters())
+
+
+def test_a_first_batch_without_learned_tokens_decides_nothing(library):
     model, batch = wearing().use("a").model.train(), rows(3, prompt=True)
     unlearned = [Row(r.input_ids, [-100] * len(r.labels)) for r in batch]
     with packed_forward(model), warnings.catch_warnings():

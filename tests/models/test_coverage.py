@@ -78,7 +78,7 @@ def test_what_linear_does_not_reach_is_said():
     assert said == [
         "'linear' reaches every linear of the blocks, but not these matrices of mixtral: "
         "model.layers.{0-3}.mlp.gate.weight, model.layers.{0-3}.mlp.experts.gate_up_proj, "
-        "model.layers.{0-3}.mlp.experts.down_proj"
+        "model.layers.{0-3}.mlp.experts.down_proj; 'experts' reaches those of experts"
     ]
     assert not hung("llama", "linear")[1]
 
@@ -180,3 +180,49 @@ def test_a_place_that_no_forward_calls_is_said():
     inputs = tiny.inputs("bart", tiny.CAUSAL)
     with host.using("a"), pytest.warns(UserWarning, match="'a' did nothing at some places; 4 of 8 places .* 0.cross_q"):
         model(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["ctrl", "openai-gpt"])
+def test_sublayers_that_are_sequences_or_give_lists_can_be_edited(kind):
+    """CTRL's MLP is an `nn.Sequential`, which runs every child it has; OpenAI GPT's attention gives a list."""
+    model, inputs = tiny.model(kind, tiny.CAUSAL), tiny.inputs(kind, tiny.CAUSAL)
+    bare = tiny.logits(model, inputs)
+    host, _ = coverage.hung(model, "a", "attn,mlp")
+    with host.using("a"), torch.no_grad():
+        assert torch.equal(tiny.logits(model, inputs), bare), "a fresh adapter changes nothing"
+        for key, w in host.by_place("a").items():
+            w["B"].data.fill_(1.0)
+            assert not torch.equal(tiny.logits(model, inputs), bare), key
+            w["B"].data.zero_()
+
+
+# ---- never silently wrong --------------------------------------------------------------------------------------------
+def test_rows_are_not_taken_for_streams():
+    """Gemma 3n's blocks take (4, B, T, D): with four rows, the first axis is as long as the batch."""
+    model = tiny.model("gemma3n_text", tiny.CAUSAL)
+    host = inlay.attach(model)
+    host.add("a", inlay.method("series").make(size=4), at="block@1", seed=0)
+    ids = tiny.inputs("gemma3n_text", tiny.CAUSAL, rows=4)["input_ids"]
+    with (
+        host.using("a", None, "a", None),
+        pytest.raises(inlay.InlayError, match="rows of the batch cannot be told apart"),
+    ):
+        model(ids)
+
+
+def test_a_weight_of_several_layers_is_not_merged_into():
+    """Zamba's attention layers share their weights; an adapter in one of them has no weight of its own to go to."""
+    model = tiny.model("zamba", tiny.CAUSAL)
+    host, _ = coverage.hung(model, "a", "q")
+    generator = torch.Generator().manual_seed(0)
+    for p in host.parameters("a"):
+        p.data.normal_(generator=generator)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(inlay.InlayError, match="is one weight with .*; keep it as an adapter"):
+        inlay.merge(host, "a")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_layers_without_a_role_are_an_error_that_says_where_it_is():
+    with pytest.raises(inlay.InlayError, match="'o@0' selects layers of 'o', which exists in layers 3 only"):
+        hung("qwen3_next", "o@0")

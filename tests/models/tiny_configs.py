@@ -47,6 +47,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"encoder_hash_byte_group_vocab", 50),
     (r"query_pre_attn_scalar", 8),
     (r"index_topk", 4),
+    (r"zero_expert_num", 1),
 )
 """Patterns of field names (whole), and what a field of that name becomes; the first that fits counts."""
 

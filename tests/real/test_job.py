@@ -40,7 +40,7 @@ def settings(out: Path, steps: int = 4, **run) -> TrainSettings:
         name="sums",
         out=out,
         data=DataSettings(task="world-addsub", limit=4, protocol="clean"),
-        optim=OptimSettings(batch_size=4, micro_batch=4, steps=steps, lr=1e-2, warmup=1),
+        optim=OptimSettings(batch_size=4, micro_batch=4, steps=steps, lr=2e-3, warmup=1),
         run=RunSettings(**{"seed": 0, "loggers": ("none",), "progress": False, "device": "cpu", "save_every": 0} | run),
     )
 

@@ -52,11 +52,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def inside(root: Path, **settings: Any) -> Iterator[Served]:
-    """A server on a thread of this process."""
+def inside(root: Path, base: tuple[Any, Any] | None = None, **settings: Any) -> Iterator[Served]:
+    """A server on a thread of this process, of a (host, tokenizer) or of the tiny ones."""
     told = {"adapters": (str(root / "adapters"),), "admin_key": "boss", "rows": 4, "log": "warning"} | settings
     s = ServeSettings(model=str(root / "base"), **told)
-    app, batcher = build(s, inlay.attach(tiny.base("llama")), tiny.tokenizer(), Doors())
+    worn, tokenizer = base or (inlay.attach(tiny.base("llama")), tiny.tokenizer())
+    app, batcher = build(s, worn, tokenizer, Doors())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""`inlay demo`: adapters on the embedded base, before and after, in minutes."""
+"""`inlay demo`: adapters on one base, before and after, in minutes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(ThreadSettings):
-    """How much of a demonstration; the defaults take two to three minutes on two cores."""
+    """How much of a demonstration; the defaults take a few minutes on two cores."""
 
     out: Path = Path("runs/demo")
     """Where the trained adapters are left; what an earlier demo left there is replaced."""
     model: str = "tiny-llama"
-    """The base."""
+    """The base: an embedded one, or a real one such as smollm2-135m (see docs/real.md)."""
     task: str = "world-addsub"
     """The task (the synthetic ones need no download)."""
-    steps: int = 100
-    """Training steps of each adapter."""
-    questions: int = 100
-    """Held-out questions."""
+    steps: int | None = None
+    """Training steps of each adapter; by default what takes minutes: 100, or 25 on a real base."""
+    questions: int | None = None
+    """Held-out questions; by default 100, or 20 on a real base."""
     seed: int = 0
     """Of everything."""
     progress: bool = True
@@ -93,5 +93,5 @@ VERB = Verb(
     "See it work: train four adapters on the embedded base, compare, and mix them in one batch.",
     DemoSettings,
     run,
-    ("inlay demo", "inlay demo --task world-boolq --steps 300"),
+    ("inlay demo", "inlay demo --task world-boolq --steps 300", "inlay demo --model smollm2-135m"),
 )

@@ -139,7 +139,7 @@ def grouped(tensors: dict[str, list[int]]) -> dict[tuple[str, str], int]:
 def model(name: str) -> dict[str, Any]:
     """A model's anatomy as plain data; no weights are read."""
     from inlay.core.experts import expert_layout
-    from inlay.core.place import widths
+    from inlay.core.place import collapsed, ranges, widths
     from inlay.models.anatomy import anatomy
     from inlay.plan.skeleton import parameters, skeleton
 
@@ -147,7 +147,9 @@ def model(name: str) -> dict[str, Any]:
     parts = anatomy(base)
     hidden = parts.hidden or 0
     roles: dict[str, dict[str, Any]] = {}
+    layers: dict[str, set[int]] = {}
     for spot in parts.spots:
+        layers.setdefault(spot.role, set()).update([] if spot.layer is None else [spot.layer])
         if spot.role in roles:
             roles[spot.role]["places"] += 1
             continue
@@ -157,7 +159,7 @@ def model(name: str) -> dict[str, Any]:
             layout = expert_layout(module, spot.parameter)
             d_in, d_out, experts = layout.d_in, layout.d_out, layout.experts
         else:
-            d_in, d_out = widths(module, hidden)
+            d_in, d_out = widths(module, spot.width or hidden)
             d_out = spot.part.width(d_out) if spot.part else d_out
         roles[spot.role] = {
             "places": 1,
@@ -167,6 +169,9 @@ def model(name: str) -> dict[str, Any]:
             "part_of_fused": spot.part is not None,
             "experts": experts,
         }
+    for spot in parts.spots:  # of roles that some layers lack, which layers have them
+        if 0 < len(layers[spot.role]) < parts.layers_of(spot.tower):
+            roles[spot.role]["layers"] = ranges(layers[spot.role])
     return {
         "model": name,
         "family": parts.family,
@@ -174,6 +179,8 @@ def model(name: str) -> dict[str, Any]:
         "hidden": hidden,
         "parameters": parameters(base),
         "roles": roles,
+        "linear": sum(s.linear and not s.tower for s in parts.spots),
+        "unreached": collapsed(parts.unreached),
     }
 
 
@@ -194,8 +201,12 @@ def show_model(found: dict[str, Any]) -> None:
     for role, at in found["roles"].items():
         more = ", a part of it" if at["part_of_fused"] else f", {at['experts']} experts" if at["experts"] else ""
         where = escape(at["example"]) + f"[dim]{more}[/]"
+        where += f"[dim], layers {at['layers']} only[/]" if "layers" in at else ""
         table.add_row(f"[cyan]{role}[/]", f"{at['places']:,}", f"{at['in']:,}", f"{at['out']:,}", where)
     out.print(table)
+    out.print(f"\n`linear` is {found['linear']:,} places: every linear of the language model's blocks")
+    if found["unreached"]:
+        out.print("[yellow]not reached by it[/]: " + escape(", ".join(found["unreached"])))
     last = found["layers"] - 1
     out.print(
         f"""
@@ -203,7 +214,7 @@ def show_model(found: dict[str, Any]) -> None:
   q,v                  every layer's q and v
   down@0-{last // 2:<14}layers 0 to {last // 2}; also @{last}, @last2, @first1+last1
   o:parallel           from its input to its output; also :input, :output (= :series)
-  {"*." + _last(found):<20} every module of that name; `linear` is every linear of the blocks""",
+  {"*." + _last(found):<20} every module of that name""",
         soft_wrap=True,
     )
 

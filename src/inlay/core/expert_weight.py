@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from inlay.core.edit import Call, Edit
 from inlay.core.errors import InlayError
 from inlay.core.experts import ExpertLayout, ExpertWeights
+from inlay.core.product import varied_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,9 @@ class ExpertUpdate:
         if not len(x):
             return y
         x, out = x.to(self.dtype), y.to(self.dtype)
-        for one in self.edits:
-            out = one.after(expert, x, out)
+        with varied_rows(), torch.autocast(y.device.type, enabled=False):
+            for one in self.edits:
+                out = one.after(expert, x, out)
         return out.to(y.dtype)
 
     def edit_sorted(self, counts: Sequence[int], x: Tensor, y: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Forward:
         if out is None:  # it failed on its way: nothing of it may reach the next one
             for site in self.host.sites.values():
                 site.recover()
-        elif self._checked is not self.host.plan and not self.decoder_only and not torch.compiler.is_compiling():
+        elif not torch.compiler.is_compiling() and self._checked is not self.host.plan and not self.decoder_only:
             self._checked = self.host.plan
             self._warn_of_uncalled()
         if not wide or out is None:

@@ -175,8 +175,7 @@ class Host:
         fresh = {key: spot for key, (spot, _) in spots.items() if key not in self.sites}
         layers = dict(self.model.named_modules(remove_duplicate=False)) if fresh else {}
         for key, spot in fresh.items():
-            kind = ExpertSite if spot.parameter else Site
-            self.sites[key] = kind(self, spot, layers[spot.path])
+            self.sites[key] = (ExpertSite if spot.parameter else Site)(self, spot, layers[spot.path])
         return [self.sites[key].wired(wiring) for key, (_, wiring) in spots.items()]
 
     def _start(self, edit: Edit, places, seed, dtype) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:

@@ -119,6 +119,7 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(host.device)
     with host.using(name):
         want = host.model(input_ids=ids).logits.float()
+    _refuse_shared(host, name, new)
     untied = _untie(host, new)
     parameters = dict(host.model.named_parameters(remove_duplicate=False))
     kept = {parameters[k]: parameters[k].detach().clone() for k in new} if keep else {}
@@ -129,6 +130,22 @@ def merge(host: Host, name: str, keep: bool = True) -> Merged:
     with host.using(None):
         got = host.model(input_ids=ids).logits.float()
     return Merged(paths, rounding, (got - want).abs().max().item(), want.abs().max().item(), untied, kept)
+
+
+def _refuse_shared(host: Host, name: str, new: dict[str, Tensor]) -> None:
+    """Refuse weights that several layers share (Zamba's) and that would differ; embedding and head can be parted."""
+    ends = {f"{s.path}.weight" for s in host.anatomy.spots if s.role in ("embed", "head")}
+    names: dict[int, list[str]] = {}
+    for key, p in host.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(key)
+    for keys in names.values():
+        changed = [k for k in keys if k in new]
+        whole = len(changed) == len(keys) and all(torch.equal(new[k], new[keys[0]]) for k in keys)
+        if changed and not whole and not ends.issuperset(keys):
+            raise InlayError(
+                f"{changed[0]!r} is one weight with {next(k for k in keys if k != changed[0])!r}, and {name!r} changes "
+                "them differently: they cannot be merged; keep it as an adapter"
+            )
 
 
 def _once(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,8 @@ class Spot:
     """Whether `linear` (`vision.linear` of a tower's) includes it."""
     tower: str = ""
     """The part of the model beside the decoder that it is in (`vision`); `layer` then counts that part's layers."""
+    width: int | None = None
+    """Width of the residual stream here, where it is not the decoder's."""
     parameter: str | None = None
     """A parameter of the module at `path` that holds a linear per expert; None: the module itself is the layer."""
 
@@ -215,12 +217,14 @@ def locate(model: nn.Module, anatomy: Anatomy, at: str | Iterable[str]) -> dict[
                 f"role or module pattern in {anatomy.family}",
                 target.name,
                 anatomy.roles,
-                "A pattern must match a whole module path, e.g. '*.q_proj'.",
+                "`linear` names every linear. A pattern must match a whole module path, e.g. '*.q_proj'.",
             )
         if target.among:
-            hits = _in_layers(anatomy, target, hits)
+            named, hits = hits, _in_layers(anatomy, target, hits)
             if not hits:
-                raise InlayError(f"{target.text!r} selects layers of {target.name!r}, which does not stand in layers")
+                where = ranges(s.layer for s in named if s.layer is not None)
+                why = f"exists in layers {where} only" if where else "does not stand in layers"
+                raise InlayError(f"{target.text!r} selects layers of {target.name!r}, which {why}")
         else:
             _warn(anatomy, target.name, hits)
         for spot in hits:

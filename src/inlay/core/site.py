@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Site(nn.Module):
 
     def _place(self, host: Host, layer: nn.Module) -> Place:
         """The layer as an edit without a wiring sees it."""
-        d_in, d_out = widths(layer, host.hidden)
+        d_in, d_out = widths(layer, self.spot.width or host.hidden)
         spot = self.spot
         return Place(
             self.frozen,
@@ -105,6 +105,10 @@ class Site(nn.Module):
         for hook in self._hooks:
             hook.remove()
 
+    def forward(self, x: Any) -> Any:
+        """A child of an `nn.Sequential` is run by it: this one passes on what it is given."""
+        return x
+
     @property
     def _child(self) -> str:
         if self.spot.parameter:
@@ -121,7 +125,7 @@ class Site(nn.Module):
         host, dtype = self._host[0], x.dtype
         x = x.to(host.device, host.dtype if x.is_floating_point() else None)
         y = self.layer.forward(x)
-        y = y[0] if isinstance(y, tuple) else y
+        y = y[0] if isinstance(y, (tuple, list)) else y
         y = self.spot.part.get(y) if self.spot.part else y
         return y.to(dtype) if x.is_floating_point() else y
 
@@ -185,7 +189,7 @@ class Site(nn.Module):
             quick: list[route.Job] = [(one[0], one[1], self._rounded(one, out.dtype), one[2]) for one in every]
             return route.apply(now, host.strategy, quick, x, y, spare)
         dtype = host.precision(out, every)
-        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // now.batch
+        tokens = x.shape[: -1 if x.is_floating_point() else None].numel() // max(1, now.batch)
         jobs: list[route.Job] = []
         by_rows = False
         for one in every:
@@ -232,6 +236,9 @@ class Site(nn.Module):
         """(B, T, ...) even where a decoder has flattened rows and tokens into one (OPT's MLP does)."""
         now = self._host[0].now
         batch = now.batch
+        # Blocks may carry streams beside rows and tokens (Gemma 3n), on any axis; norms of heads have them at the end.
+        if t.dim() > 3 and not self._plain and not self.spot.role.endswith("norm"):
+            raise self._rows_unknown(t)
         if now.layout is not None:
             wide = 2 if tuple(t.shape[:2]) == now.layout.shape else 1
             if t.shape[:wide].numel() == batch:
@@ -240,7 +247,11 @@ class Site(nn.Module):
             return t[:, None] if t.dim() == 2 and t.is_floating_point() else t
         if now.layout is None and t.dim() == 2 and t.shape[0] % batch == 0:
             return t.unflatten(0, (batch, -1))
-        raise InlayError(
+        raise self._rows_unknown(t)
+
+    def _rows_unknown(self, t: Tensor) -> InlayError:
+        batch = self._host[0].now.batch
+        return InlayError(
             f"{self.spot.path} sees {tuple(t.shape)}, where the {batch} rows of the batch cannot be told apart; "
             "use one adapter for the whole batch, or hang these adapters elsewhere"
         )
@@ -257,7 +268,7 @@ class Site(nn.Module):
         return ((new, *args[1:]), kwargs) if where is None else (args, kwargs | {where: new})
 
     def _post(self, layer: nn.Module, args: tuple, kwargs: dict, out):
-        if not self.called and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.called:  # in this order, no compiled graph depends on it
             self.called = True
         worn = self.worn(self._host[0].now.steps)
         if (x := self._given) is not None:
@@ -268,14 +279,19 @@ class Site(nn.Module):
         if not worn.after:
             return None
         x = self._input(args, kwargs)[0] if x is None else x
-        whole = out[0] if isinstance(out, tuple) else out
+        several = isinstance(out, (tuple, list))
+        whole = out[0] if several else out
         part = self.spot.part
         y = part.get(whole) if part else whole if self._plain else self._as_tokens(x, whole)
         new = self.run(worn, x, y, spare=part is None and _fresh(layer))
         if new is y:
             return None
         new = part.put(whole, new) if part else new if self._plain else new.reshape(whole.shape)
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        if not several:
+            return new
+        if hasattr(out, "_replace"):  # a named tuple
+            return out._replace(**{out._fields[0]: new})
+        return [new, *out[1:]] if isinstance(out, list) else (new, *out[1:])
 
     def _as_tokens(self, x: Tensor, y: object) -> Tensor:
         """What a whole sub-layer gives, in the shape of what it took: some (Llama 4's experts) flatten rows and tokens.

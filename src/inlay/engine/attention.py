@@ -93,8 +93,6 @@ def attention(
     if name := unserved(more):
         raise InlayError(f"attention with {name!r} cannot be packed; use engine='plain'")
     R, H, W, _ = query.shape
-    if (times := H // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     sizes, pieces = _cuts(layout)
     q, k, v = (t.transpose(1, 2).flatten(0, 1).split(sizes) for t in (query, key, value))
     work = functools.partial(_path, layout, scaling=scaling, dropout=dropout, softcap=softcap, window=sliding_window)
@@ -102,7 +100,10 @@ def attention(
     said: list[Tensor] = []
     for own in pieces:
         here = slice(len(said), len(said) + (1 if own is None else len(own.sizes)))
-        said += v[here] if own is None else _answers(own, q[here], k[here], v[here], work, skips)
+        if own is None:  # nothing is read of these columns: any numbers of the right shape do
+            said += [_heads(v[here.start], H, dim=1)]
+        else:
+            said += _answers(own, q[here], k[here], v[here], work, skips)
     return torch.cat(said).view(R, W, H, -1)
 
 
@@ -149,11 +150,16 @@ def _path(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Causal attention of one sequence's last L tokens to all T of it: q (L, H, D), k and v (T, H, D) -> (L, H, D)."""
+    """Causal attention of one sequence's last L tokens to all T of it.
+
+    q (L, H, D), k and v (T, H_kv, D) -> (L, H, D); keys that several heads share are not repeated where that is served.
+    """
     L, T = len(q), len(k)
     near = window if window and window < T else None
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    H, groups = len(q), len(q) // len(k)
     if softcap is not None:
+        k, v = _heads(k, H), _heads(v, H)
         out = capped(q, k, v, _seen(layout, L, T, near, q.device), scaling, softcap, dropout)
     elif dropout == 0 and _recomputes(k) and T <= SHORT:
         out = Recomputed.apply(q, k, v, _bias(layout, L, T, near, q), scaling or q.shape[-1] ** -0.5)
@@ -161,34 +167,68 @@ def _path(
         plain = near is None and L == T
         mask = None if plain else _bias(layout, L, T, near, q)
         causal = plain and T > 1
-        out = scaled_dot_product_attention(q[None], k[None], v[None], mask, dropout, is_causal=causal, scale=scaling)[0]
+        shares = groups > 1 and _shares_keys(q.device.type, q.dtype, mask is not None)
+        if not shares:
+            k, v = _heads(k, H), _heads(v, H)
+        more = {"enable_gqa": True} if shares else {}
+        out = scaled_dot_product_attention(
+            q[None], k[None], v[None], mask, dropout, is_causal=causal, scale=scaling, **more
+        )[0]
     return out.transpose(0, 1)
 
 
-class Recomputed(torch.autograd.Function):
-    """softmax(s q k^T + bias) v for q, k, v (H, T, D); the probabilities are made again in backward, not kept.
+def _heads(t: Tensor, H: int, dim: int = 0) -> Tensor:
+    """Keys or values of grouped heads, repeated for each of the H query heads."""
+    times = H // t.shape[dim]
+    return t.repeat_interleave(times, dim) if times > 1 else t
 
-    PyTorch's own kernel runs backward at a third of this speed on CPUs, for 16-bit types and short sequences.
+
+@functools.cache
+def _shares_keys(device: str, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether PyTorch's fused CPU kernel reads grouped keys as they are; asked of PyTorch once.
+
+    Its other kernels repeat them or form all scores; there keys are repeated here, as transformers does.
+    """
+    if device != "cpu":
+        return False
+    q, kv = torch.zeros(1, 2, 4, 8, dtype=dtype), torch.zeros(1, 1, 4, 8, dtype=dtype)
+    mask = torch.zeros(4, 4, dtype=dtype) if masked else None
+    try:
+        chosen = torch._fused_sdp_choice(q, kv, kv, mask, 0.0, not masked, enable_gqa=True)
+    except (AttributeError, TypeError, RuntimeError):  # a PyTorch that has no such choice
+        return False
+    return chosen == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+
+
+class Recomputed(torch.autograd.Function):
+    """softmax(s q k^T + bias) v for q (H, L, D), k and v (H_kv, T, D); backward makes the probabilities again.
+
+    Heads that share keys are read as further queries of these keys: (H_kv, G L, D) with G = H / H_kv. PyTorch's own
+    kernel runs backward at a third of this speed on CPUs, for 16-bit types and short sequences.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias_TT: Tensor, s: float) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias_TT)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias_LT: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias_LT)
         ctx.s = s
-        return Recomputed.p(q * s, k, bias_TT) @ v
+        p = Recomputed.p((q * s).reshape(len(k), -1, q.shape[-1]), k, bias_LT)
+        return (p @ v).view(*q.shape[:2], -1)
 
     @staticmethod
-    def p(q: Tensor, k: Tensor, bias_TT: Tensor) -> Tensor:
-        """Attention probabilities (H, T, T)."""
-        return torch.bmm(q, k.mT).add_(bias_TT).softmax(-1)
+    def p(q: Tensor, k: Tensor, bias_LT: Tensor) -> Tensor:
+        """Attention probabilities (H_kv, G L, T)."""
+        scores = torch.bmm(q, k.mT)
+        scores.view(len(k), -1, *bias_LT.shape).add_(bias_LT)
+        return scores.softmax(-1)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[override]
-        q, k, v, bias_TT = ctx.saved_tensors
-        qs = q * ctx.s
-        p = Recomputed.p(qs, k, bias_TT)
+        q, k, v, bias_LT = ctx.saved_tensors
+        shape, g = q.shape, g.reshape(len(k), -1, g.shape[-1])
+        qs = (q * ctx.s).reshape(len(k), -1, shape[-1])
+        p = Recomputed.p(qs, k, bias_LT)
         ds = softmax_backward(torch.bmm(g, v.mT), p)
-        return torch.bmm(ds, k).mul_(ctx.s), torch.bmm(ds.mT, qs), torch.bmm(p.mT, g), None, None
+        return torch.bmm(ds, k).mul_(ctx.s).view(shape), torch.bmm(ds.mT, qs), torch.bmm(p.mT, g), None, None
 
 
 def _recomputes(t: Tensor) -> bool:

@@ -50,7 +50,8 @@ class _Last:
         """What the block says, zero where it is not read."""
         whole = self.host.now
         read_N = whole.layout.read_N if whole.layout is not None else None
-        if not self.served or read_N is None or len(read_N) > SHARE * whole.batch or self._met(args):
+        # Where nothing is read the block is whole: decoders' own code need not bear a batch of no rows.
+        if not self.served or read_N is None or not 0 < len(read_N) <= SHARE * whole.batch or self._met(args):
             return type(self.block).forward(self.block, *args, **kwargs)
         work = functools.partial(self._narrowed, read_N, **kwargs)
         checkpoint = compat.checkpoint_function(self.block) if compat.checkpoints(self.block) else None

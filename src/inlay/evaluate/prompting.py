@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from inlay.core.errors import InlayError
 from inlay.core.host import Host
 from inlay.core.route import Worn
-from inlay.tasks.template_choice import AnyTemplate, choose, recorded, shown, shown_json
+from inlay.tasks.template_choice import AnyTemplate, choose, recorded, shown
 
 
 class Prompting:
@@ -55,10 +56,18 @@ class Prompting:
         if self.asked is None:
             return self._own(worn, label)
         about = [self.host.templates.get(name) for name in worn]
-        other = [a for a in about if a is not None and recorded(a) != self.asked]
+        other = [text for a in about if (text := self._other(a))]
         if other:
-            self._note(label, f"{label} was trained with {shown_json(other[0])}; it is asked by {shown(self.asked)}")
+            self._note(label, f"{label} was trained with {other[0]}; it is asked by {shown(self.asked)}")
         return self.asked
+
+    def _other(self, about: Mapping[str, Any] | None) -> str:
+        """A recorded template in a sentence, where it is another than the chosen one."""
+        try:
+            template = recorded(about)
+        except InlayError:
+            return "a template that this Inlay does not know"
+        return "" if template is None or template == self.asked else shown(template)
 
     def _own(self, worn: Worn, label: str) -> AnyTemplate:
         found = [t for name in worn if (t := recorded(self.host.templates.get(name))) is not None]

@@ -94,8 +94,12 @@ def load_lora(found: Found) -> Loaded:
         return made | ({"m": t["m"].flatten()} if kind == "dora" else {})
 
     def values(host: Host, name: str) -> dict[str, Tensor]:
+        modules = dict(host.model.named_modules())
+
         def with_base(path: str, t: Tensors) -> Tensors:
-            layer, own = host.model.get_submodule(path), here(path, t)
+            own = here(path, t)
+            if (layer := modules.get(path)) is None:  # a parameter of experts
+                return own
             if (factor := embedding_scale(layer)) != 1:
                 own["B"] = own["B"] * factor
             if start == "pissa":

@@ -104,7 +104,8 @@ class _Reader:
 
     def _block(self, block: nn.Module, path: str, layer: int, tower: str, family: Family | None) -> Iterator[Spot]:
         before = f"{tower}." if tower else ""
-        yield Spot(f"{before}{layer}.block", f"{before}block", layer, path, tower=tower)
+        width = None if family else _width(block)
+        yield Spot(f"{before}{layer}.block", f"{before}block", layer, path, tower=tower, width=width)
         modules = dict(block.named_modules())
         fixed = {r: p for r, p in family.roles.items() if p.partition("#")[0] in modules} if family else {}
         whole = {p: r for r, p in fixed.items() if "#" not in p}
@@ -122,7 +123,8 @@ class _Reader:
             used[role] = inner
             is_linear = bool(part) or (inner in linear and inner not in cut)
             spot = self.fused[part] if part else None
-            yield Spot(key, before + role, layer, f"{path}.{inner}", spot, linear=is_linear, tower=tower)
+            own = None if is_linear else width
+            yield Spot(key, before + role, layer, f"{path}.{inner}", spot, is_linear, tower, own)
         for inner, module in modules.items():
             if _is_norm(module):
                 yield Spot(f"{before}{layer}.norm.{inner}", f"{before}norm", layer, f"{path}.{inner}", tower=tower)
@@ -144,6 +146,12 @@ def _last_name(path: str) -> str:
     names = path.split(".")
     last = max((i for i, n in enumerate(names) if not n.isdigit()), default=0)
     return "_".join(names[last:])
+
+
+def _width(block: nn.Module) -> int | None:
+    """Width of a block's residual stream: what its first norm is of; None if that cannot be seen."""
+    weights = (getattr(m, "weight", None) for n, m in block.named_children() if "Norm" in type(m).__name__)
+    return next((w.shape[0] for w in weights if isinstance(w, nn.Parameter) and w.dim() == 1), None)
 
 
 def _is_norm(module: nn.Module) -> bool:

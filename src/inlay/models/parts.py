@@ -22,6 +22,7 @@ TOWERS = (
     ("video", re.compile(r"video_tower")),
     ("vision", re.compile(r"vision|visual|image|img|pixel|vq|sam_encoder|vit\b|generation_head|generation_embed")),
     ("patcher", re.compile(r"patcher")),
+    ("pooler", re.compile(r"^pooler$")),
     ("audio", re.compile(r"audio|speech|sound|wav")),
 )
 """What a module's name says of the part of the model that it belongs to."""
@@ -135,8 +136,6 @@ def _lists(model: nn.Module) -> list[str]:
 
 def _are_blocks(modules: Iterable[nn.Module]) -> bool:
     each = list(modules)
-    return (
-        bool(each)
-        and all(list(m.children()) and not is_linear(m) for m in each)
-        and any(p.dim() >= 2 for m in each for p in m.parameters())
-    )
+    inner = [i for m in each for i in m.modules() if not isinstance(i, nn.Embedding)]
+    has_matrices = any(p.dim() >= 2 for i in inner for p in i.parameters(recurse=False))
+    return has_matrices and all(list(m.children()) and not is_linear(m) for m in each)

@@ -58,11 +58,16 @@ def source(name: str) -> Path:
 
 
 def installed(name: str) -> bool:
-    """Whether a real base's package is there."""
+    """Whether a real base can be loaded here: its package is there, and what converts it."""
     try:
-        return source(name).is_file()
+        return source(name).is_file() and not _missing()
     except InlayError:
         return False
+
+
+def _missing() -> list[str]:
+    """The packages that transformers needs to read GGUF and that are not installed."""
+    return [module for module in ("gguf", "accelerate") if find_spec(module) is None]
 
 
 def path(name: str) -> Path:
@@ -113,7 +118,7 @@ def _convert(real: Real, file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if missing := [m for m in ("gguf", "accelerate") if find_spec(m) is None]:
+    if missing := _missing():
         raise InlayError(f"converting {file.name} needs {' and '.join(missing)}; run: {real.install}")
     read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = read.config

@@ -112,7 +112,7 @@ def _only_read(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the layer above multiplies by this linear's weight instead of calling it (Mamba's `dt_proj`), as its
     source says: hooks would not run. A source that cannot be read says nothing."""
     above, _, leaf = path.rpartition(".")
-    return leaf.isidentifier() and _reads(type(modules[above]), leaf)
+    return leaf.isidentifier() and _reads(type(modules[above]), leaf)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -212,7 +212,7 @@ def _other(leaf: str, names: list[str], attends: bool) -> str:
 # ---- sub-layers ------------------------------------------------------------------------------------------------------
 ATTN = re.compile(r"(self_?)?(linear_?)?att(n|ention|)?", re.I)
 FFN = re.compile(r".*(mlp|feed_?forward|ffn|moe)(_block)?|ff", re.I)
-NO_SUBLAYER = re.compile(r"norm|hyper|_hc|dropout|router", re.I)
+NO_SUBLAYER = re.compile(r"norm|hyper|_hc|dropout|router|^experts$", re.I)
 
 
 def sublayers(block: nn.Module, known: Mapping[str, str]) -> dict[str, str]:

@@ -63,14 +63,26 @@ def unknown_model(name: str) -> InlayError:
 
 
 def skeleton(name: str) -> nn.Module:
-    """The causal language model of that name with meta tensors: every shape, no memory, nothing read but its config."""
-    from transformers import AutoModelForCausalLM
-
+    """The language model of that name with meta tensors, towers included: every shape, no memory, nothing read but its
+    config."""
     config = config_of(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = _auto_class(config).from_config(config)
     model.tie_weights()
     return model
+
+
+def _auto_class(config: Any) -> Any:
+    """For causal language models, or where a type is none, for images with text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
+
+    if config.model_type not in (*CAUSAL, *IMAGES):
+        raise InlayError(
+            f"{config.model_type!r} is neither a causal language model nor one of images and text in this transformers"
+        )
+    return AutoModelForCausalLM if config.model_type in CAUSAL else AutoModelForImageTextToText
 
 
 def parameters(model: nn.Module) -> int:

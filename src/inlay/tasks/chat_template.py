@@ -9,6 +9,8 @@ alone, as in `apply_chat_template(tokenize=True)` of transformers.
 
 from __future__ import annotations
 
+import functools
+import re
 import weakref
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +23,7 @@ from inlay.tasks.templates import Messages
 DATE = datetime(2024, 7, 26)
 """What templates that write today's date (Llama 3.1 on) are given for records: a run must not change overnight. It is
 the date that Llama 3's template falls back to. Conversations have the real one."""
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(?P<format>[^'"]*)\1\s*\)""")
 _QUESTION, _ANSWER = "How many ducks swim", "Eleven ducks"
 """A user's and an assistant's message that no template holds by itself."""
 
@@ -103,11 +106,11 @@ class ChatTemplate:
 
     def render(self, messages: Messages, tokenizer: Any, *, generate: bool = True, today: bool = False) -> str:
         """The text of a conversation; with `generate`, up to the place where the assistant begins to answer."""
-        date = {} if today else {"strftime_now": DATE.strftime}
+        source = self.source if today else self._undated
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
         try:
             text: str = tokenizer.apply_chat_template(
-                plain, chat_template=self.source, add_generation_prompt=generate, tokenize=False, **date
+                plain, chat_template=source, add_generation_prompt=generate, tokenize=False
             )
         except ImportError as e:
             raise InlayError(f"chat templates need jinja2: pip install jinja2 ({e})") from e
@@ -116,6 +119,17 @@ class ChatTemplate:
             why = str(e).strip() or type(e).__name__
             raise InlayError(f"the chat template {self.name!r} refuses a conversation of {roles}: {why}") from e
         return text
+
+    @functools.cached_property
+    def _undated(self) -> str:
+        """The program with `DATE` for today's. (Functions cannot be handed to it: `apply_chat_template` takes data.)"""
+        fixed = _TODAY.sub(lambda call: repr(DATE.strftime(call["format"])), self.source)
+        if "strftime_now(" in fixed:
+            raise InlayError(
+                f"the chat template {self.name!r} writes the time in a form that it computes, so prompts would change "
+                "from day to day; write the form as a text, or choose another template"
+            )
+        return fixed
 
     def turn(self, tokenizer: Any) -> Turn:
         """What the template writes around an answer, found by rendering a conversation; kept per tokenizer.

@@ -82,12 +82,14 @@ def recorded(about: Mapping[str, Any] | None) -> AnyTemplate | None:
     """
     if about is None:
         return None
+    if not isinstance(about, Mapping):  # written by hand: the name alone
+        about = {"name": EARLIER.get(about, about) if isinstance(about, str) else about}
     name = about.get("name")
     if isinstance(name, str) and isinstance(source := about.get("chat_template"), str):
         return ChatTemplate(name, source)
     if isinstance(name, str) and isinstance(bare := about.get("bare"), str) and isinstance(about.get("paired"), str):
         return Template(name, bare, about["paired"])
-    if name in TEXTS and len(about) == 1:
+    if isinstance(name, str) and name in TEXTS and len(about) == 1:
         return TEXTS[name]
     raise InlayError(
         f"the adapter records the template {str(dict(about))[:80]}, which this Inlay does not know: a newer one may "
