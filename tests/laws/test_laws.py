@@ -169,7 +169,8 @@ def test_saved_and_loaded_is_bit_equal_and_merged_is_equal_or_refused(family, na
     report = inlay.merge(host, "x")
     model = host.detach()
     torch.testing.assert_close(model(**batch()).logits, want, rtol=1e-4, atol=1e-4)
-    # Gemma scales inside its embedding, so one offset means two weights
-    assert report.deviation < 1e-3 and report.untied == ((family, name) == ("gemma", "full"))
+    # Where Gemma scales inside its embedding (not in transformers 5.0), one offset means two weights.
+    scaled = type(model.get_input_embeddings()) is not torch.nn.Embedding
+    assert report.deviation < 1e-3 and report.untied == ((family, name) == ("gemma", "full") and scaled)
     report.undo()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
