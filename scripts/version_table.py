@@ -1,7 +1,7 @@
 """The environments of `make test-versions`, and the tests that run in each.
 
-The bounds are those of `inlay.compat.versions`, which `import inlay` enforces: changing one there changes what is tested.
-What an environment does not pin is taken from `requirements/lock.txt` as far as the pins allow.
+The bounds are those of `inlay.compat.versions`, which `import inlay` enforces: changing one there changes what is
+tested. What an environment does not pin is taken from `requirements/lock.txt` as far as the pins allow.
 """
 
 from __future__ import annotations
