@@ -35,11 +35,11 @@ class Range:
 
 
 TESTED = (
-    Range("torch", "2.6", "2.13.0", required=True),
+    Range("torch", "2.6", "2.15.0", required=True),
     Range("transformers", "5.0", "5.24.0", required=True),
-    Range("numpy", "1.26", "2.4.6", required=True),
-    Range("accelerate", "1.0", "1.15.0"),
-    Range("peft", "0.21", "0.21.2"),
+    Range("numpy", "1.26", "2.5.5", required=True),
+    Range("accelerate", "1.4", "1.15.0"),
+    Range("peft", "0.18", "0.21.2"),
     Range("trl", "1.0", "1.16.0"),
     Range("lm_eval", "0.4.9", "0.4.13"),
     Range("gradio", "6.0", "6.31.0"),
