@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
@@ -44,6 +45,8 @@ TESTED = (
     Range("lm_eval", "0.4.9", "0.4.13"),
     Range("gradio", "6.0", "6.31.0"),
 )
+OLDEST_PYTHON = (3, 10)
+"""Also `requires-python` in `pyproject.toml`."""
 RANGES = {r.package: r for r in TESTED}
 _checked: set[str] = set()
 
@@ -106,6 +109,9 @@ def check(package: str) -> None:
 
 def check_required() -> None:
     """Check the libraries that Inlay itself needs; called by `import inlay`. Costs about 2 ms of metadata reading."""
+    if sys.version_info < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        raise VersionError(f"this is Python {sys.version.split()[0]}, Inlay needs Python {needed} or newer")
     for tested in TESTED:
         if tested.required:
             check(tested.package)
