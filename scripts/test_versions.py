@@ -165,10 +165,12 @@ def uv_variables() -> dict[str, str]:
 
 def installed_versions(python: Path) -> dict[str, Any]:
     """The interpreter's version, and those of the libraries with a range."""
-    code = (
-        "import json, platform; from inlay.compat.versions import TESTED, installed;"
-        "print(json.dumps({'python': platform.python_version(), 'versions': {r.package: installed(r.package) for r in TESTED}}))"
-    )
+    code = """
+import json, platform
+from inlay.compat.versions import TESTED, installed
+versions = {r.package: installed(r.package) for r in TESTED}
+print(json.dumps({"python": platform.python_version(), "versions": versions}))
+"""
     done = subprocess.run([python, "-c", code], env=test_variables(), capture_output=True, text=True)
     if done.returncode:
         raise NotInstallable("import inlay: " + done.stderr.strip().splitlines()[-1])

@@ -48,7 +48,9 @@ def outcomes(records: Mapping[str, Mapping[str, Any]]) -> str:
         counts = [r.get(k, r["outcome"] if k == "passed" else "–") for k in ("passed", "failed", "skipped", "test_s")]
         rows.append([name, r.get("python", "–"), *shown, *counts, f"`{r['commit']}`", r["date"]])
     processors = ", ".join(sorted({r["processor"] for r in records.values()}))
-    return f"## Environments\n\nProcessor: {processors}. Pinned versions are **bold**.\n\n" + table(rows)
+    missing = [e.name for e in ENVIRONMENTS if e.name not in records]
+    note = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
+    return f"## Environments\n\nProcessor: {processors}. Pinned versions are **bold**.\n\n" + table(rows) + note
 
 
 def failures(records: Mapping[str, Mapping[str, Any]]) -> str:

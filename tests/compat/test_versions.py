@@ -54,6 +54,16 @@ def test_a_library_that_is_too_old_is_refused_in_one_line(fresh):
     )
 
 
+def test_an_older_python_is_refused_in_one_line(fresh, monkeypatch):
+    fresh(None)
+    versions.check_required()
+    monkeypatch.setattr(versions, "OLDEST_PYTHON", (99, 1))
+    with pytest.raises(VersionError, match=r"^this is Python 3\.[\d.rcab]+, Inlay needs Python 99\.1 or newer$"):
+        versions.check_required()
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'requires-python = ">=3.10"' in text
+
+
 def test_a_newer_one_is_announced_once_unless_silenced(fresh, monkeypatch):
     fresh("99.1")
     with pytest.warns(UserWarning, match="not yet tested with peft 99.1 .*INLAY_UNTESTED=1"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,15 +36,17 @@ class Range:
 
 
 TESTED = (
-    Range("torch", "2.6", "2.13.0", required=True),
+    Range("torch", "2.6", "2.15.0", required=True),
     Range("transformers", "5.0", "5.24.0", required=True),
-    Range("numpy", "1.26", "2.4.6", required=True),
-    Range("accelerate", "1.0", "1.15.0"),
-    Range("peft", "0.21", "0.21.2"),
+    Range("numpy", "1.26", "2.5.5", required=True),
+    Range("accelerate", "1.4", "1.15.0"),
+    Range("peft", "0.18", "0.21.2"),
     Range("trl", "1.0", "1.16.0"),
     Range("lm_eval", "0.4.9", "0.4.13"),
     Range("gradio", "6.0", "6.31.0"),
 )
+OLDEST_PYTHON = (3, 10)
+"""Also `requires-python` in `pyproject.toml`."""
 RANGES = {r.package: r for r in TESTED}
 _checked: set[str] = set()
 
@@ -106,6 +109,9 @@ def check(package: str) -> None:
 
 def check_required() -> None:
     """Check the libraries that Inlay itself needs; called by `import inlay`. Costs about 2 ms of metadata reading."""
+    if sys.version_info < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        raise VersionError(f"this is Python {sys.version.split()[0]}, Inlay needs Python {needed} or newer")
     for tested in TESTED:
         if tested.required:
             check(tested.package)
