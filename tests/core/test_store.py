@@ -208,6 +208,30 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a" / "whole").read_text() == "x"
 
 
+def test_an_adapter_of_the_blocks_is_at_home_on_a_base_whose_vocabulary_has_grown(tmp_path):
+    """Tokens were added, or the table was padded to a multiple of 64: the old logits are the same."""
+    inputs = batch()
+    for name, at in (("blocks", "q,down"), ("table", "embed"), ("prompt", None)):
+        host = inlay.attach(base("llama"))
+        host.add(name, small("prompt" if at is None else "lora"), at=at, seed=0)
+        excite(host)
+        inlay.save(host, name, tmp_path / name)
+        want = logits(host, name, **inputs)
+        grown = base("llama")
+        grown.resize_token_embeddings(128, mean_resizing=False)
+        there = inlay.attach(grown)
+        if name == "table":  # one row a token: it says nothing of the new ones
+            with pytest.raises(inlay.InlayError, match=r"embed/A is \(4, 97\), wanted \(4, 128\)"):
+                inlay.load(there, tmp_path / name)
+            continue
+        inlay.load(there, tmp_path / name)
+        torch.testing.assert_close(logits(there, name, **inputs)[..., :97], want, rtol=0, atol=1e-6)
+    smaller = base("llama")
+    smaller.resize_token_embeddings(64, mean_resizing=False)
+    with pytest.raises(inlay.InlayError, match="vocab_size is 64 here and 97 there"):
+        inlay.load(inlay.attach(smaller), tmp_path / "blocks")
+
+
 # ---- two at once, and interrupted ------------------------------------------------------------------------------------
 def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path):
     hosts, rounds = [wearing(seed=k) for k in (1, 2)], 15

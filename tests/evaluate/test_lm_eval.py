@@ -304,3 +304,23 @@ def test_what_is_wrong_is_told(worn, tok):
         InlayLM(worn, tok, adapter="nobody")
     with pytest.raises(InlayError, match="has its type already"):
         InlayLM(worn, tok, dtype="bfloat16")
+
+
+# ---- options of the harness's own model ------------------------------------------------------------------------------
+@pytest.mark.parametrize("add", [True, False])
+def test_add_bos_token_encodes_as_the_harness_own_model_does(add):
+    from inlay.evaluate.lm_eval import InlayLM
+    from inlay.models import embedded
+
+    base = str(embedded.path("llama"))
+    options = {"pretrained": base, "dtype": "float32", "device": "cpu", "add_bos_token": add}
+    assert InlayLM(**options).tok_encode("Tom has 3") == hf.HFLM(**options).tok_encode("Tom has 3")
+
+
+@pytest.mark.parametrize("name", ["revision", "peft", "delta", "parallelize", "gguf_file", "trust_remote_code"])
+def test_options_of_loading_are_refused_and_not_dropped(name):
+    from inlay.evaluate.lm_eval import InlayLM
+
+    value = True if name in ("parallelize", "trust_remote_code") else "x"
+    with pytest.raises(InlayError, match=f"{name}=.* says how the harness loads a base, but Inlay loads it"):
+        InlayLM(pretrained="tiny-llama", device="cpu", **{name: value})

@@ -7,6 +7,7 @@ bfloat16 base is at home on the same base in float32. Quantised layers are left 
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -74,13 +75,25 @@ def _sample(weight: Tensor, after: int = 0) -> list[float]:
     return [float(f"{v:.6g}") for v in picked.float().tolist()]
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What tells two fingerprints apart, in words; empty if nothing does."""
+def differences(theirs: dict[str, Any], ours: dict[str, Any], may_grow: bool = False) -> list[str]:
+    """What tells two fingerprints apart, in words; empty if nothing does.
+
+    Args:
+        may_grow: take a base to which tokens were added, or whose vocabulary was padded, as the same: an adapter of the
+            blocks computes the same there. Its embedding is then left out of the comparison.
+    """
     a, b = theirs.get("shape", {}), ours["shape"]
-    found = [f"{k} is {b.get(k)!r} here and {a[k]!r} there" for k in a if k in b and a[k] != b[k]]
+    grown = may_grow and b.get("vocab_size", 0) > a.get("vocab_size", math.inf)
+    found = [
+        f"{k} is {b.get(k)!r} here and {a[k]!r} there"
+        for k in a
+        if k in b and a[k] != b[k] and not (grown and k == "vocab_size")
+    ]
     if found:
         return found
     for key, there in theirs.get("values", {}).items():
+        if grown and key == "embed":
+            continue
         here = ours["values"].get(key)
         after = ours.get("next", {}).get(key, here)
         if here and not all(_close(x, y) or _close(x, z) for x, y, z in zip(there, here, after, strict=False)):

@@ -269,7 +269,8 @@ def _keep_template(host: Host, name: str, record: Mapping[str, Any]) -> None:
 
 def _for(host: Host, folder: str | Path, allow_other_base: bool) -> tuple[dict[str, Any], Held]:
     record, tensors = read(folder)
-    told = differences(record["base"], fingerprint(host))
+    # Tensors at the embedding or the head have the vocabulary's size: with another one, their shapes are refused.
+    told = differences(record["base"], fingerprint(host), may_grow=True)
     if told and not (allow_other_base and all("weights" in t for t in told)):
         base = record["base"]["name"] or f"a {record['base']['family']}"
         cure = "; allow_other_base=True takes it all the same" if all("weights" in t for t in told) else ""

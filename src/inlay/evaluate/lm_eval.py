@@ -7,6 +7,8 @@ every other flag is the harness's own. (Its `lm_eval` command looks for no plug-
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,9 @@ class InlayLM(HFLM):
             raise InlayError("a host needs its tokenizer beside it: InlayLM(host, tokenizer, ...)")
         elif dtype is not None:
             raise InlayError("dtype is for pretrained=<base>; this host's base has its type already")
+        _refuse_loading(more)
+        if (add := more.get("add_bos_token")) is not None:
+            tokenizer = with_bos(tokenizer, bool(add))
         read_plan([adapter], host.edits)
         self.host, self.adapter = host, adapter
         super().__init__(pretrained=host.model, tokenizer=tokenizer, **more)  # type: ignore[arg-type]
@@ -227,6 +232,40 @@ class InlayLM(HFLM):
 
         about = {n: {**describe(self.host.edits[n]), "parameters": self.host.count(n)} for n in self._worn}
         return {**super().get_model_info(), "inlay_adapter": self.adapter, "inlay_edits": about}
+
+
+LOADING = frozenset(
+    "revision subfolder trust_remote_code use_fast_tokenizer parallelize max_memory_per_gpu max_cpu_memory "
+    "offload_folder tp_plan peft delta autogptq gptqmodel gguf_file".split()
+)
+"""Options that the harness obeys where it loads a base itself; here Inlay loads it."""
+
+
+def _refuse_loading(more: dict[str, Any]) -> None:
+    usual = inspect.signature(HFLM.__init__).parameters
+    for name, value in more.items():
+        if name in LOADING and (name not in usual or value != usual[name].default) and value:
+            raise InlayError(
+                f"{name}={value!r} says how the harness loads a base, but Inlay loads it; leave it out, or load the "
+                "base yourself and give InlayLM(host, tokenizer, ...)"
+            )
+
+
+def with_bos(tokenizer: Any, add: bool) -> Any:
+    """Return a copy of a tokenizer that puts its beginning-of-sequence token before a text, or does not.
+
+    Raises:
+        InlayError: it has no such token, or does not do as it is told.
+    """
+    if add and tokenizer.bos_token_id is None:
+        raise InlayError("add_bos_token=True: this tokenizer has no beginning-of-sequence token")
+    changed = copy.deepcopy(tokenizer)
+    changed.add_bos_token = add
+    if hasattr(changed, "update_post_processor"):
+        changed.update_post_processor()
+    if (changed("a")["input_ids"][:1] == [changed.bos_token_id]) != add:
+        raise InlayError(f"add_bos_token={add}: {type(tokenizer).__name__} does not obey it; leave it out")
+    return changed
 
 
 def _load(pretrained: str, adapter: str | None, dtype: str | None, device: str | None) -> tuple[Host, Any, str | None]:
