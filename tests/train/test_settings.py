@@ -192,3 +192,37 @@ def test_recipe_trains_the_published_number(stem):
     row = inlay.method(s.method)
     host = inlay.attach(model).add("a", row.make(**s.settings), at=s.at or row.places)
     assert host.count("a") == {**TRAINED, **BLOOM}[stem]
+
+
+# ---- files that others wrote -----------------------------------------------------------------------------------------
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB + "model: *a9\n", "stands for over 100,000 values"),
+        ("model: &a [*a]\n", "stands for over 100,000 values"),
+        ("[" * 5000, "nested too deeply|no YAML"),
+        ("x" * (2 << 20), "settings take 1,048,576 at most"),
+        ("model: \x00", "no YAML"),
+        ("model: 2020-99-99", "no YAML"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+    ids=["aliases", "itself", "deep", "long", "NUL", "date", "bytes"],
+)
+@pytest.mark.parametrize("door", ["recipe", "command line"])
+def test_a_hostile_recipe_ends_in_one_error_at_once(tmp_path, text, message, door):
+    from inlay.cli import parse
+
+    file = tmp_path / "a.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InlayError, match=message):
+        read_recipe(file, TrainSettings) if door == "recipe" else parse.read_yaml(str(file))
+
+
+def test_anchors_may_be_used(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: &m tiny-llama\nname: n\nout: *m\ndata: {task: world-arith}\n")
+    assert read_recipe(tmp_path / "a.yaml", TrainSettings).out == Path("tiny-llama")

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import tyro
-import yaml
 
 from inlay.cli.verbs import Verb, field_docs
 from inlay.core.errors import InlayError
 from inlay.threads import ThreadSettings
+from inlay.train import yaml_file
 
 MISSING = dataclasses.MISSING
 COMMON = {f.name for f in dataclasses.fields(ThreadSettings)}
@@ -69,10 +69,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             names = ", ".join(known)
             raise InlayError(f"there is no recipe {path!r}; give a YAML file, or one that comes along: {names}")
         file = known[path]
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InlayError(f"{path} is no YAML: {e}") from e
+    found = yaml_file.read_yaml(file)
     if not isinstance(found, Mapping):
         raise InlayError(f"{path} must hold a mapping of settings, such as `model: tiny-llama`")
     return {str(k): v for k, v in found.items()}

@@ -21,6 +21,7 @@ from inlay.knowledge.states import deviation, states
 from inlay.knowledge.table import ABOUT, Table
 from inlay.knowledge.track import FOLDER, WATCH, read_watched
 from inlay.knowledge.wording import Wording
+from inlay.train.yaml_file import read_yaml
 
 
 def gather(path: str | Path, model: str | None = None) -> dict[str, Any]:
@@ -80,10 +81,8 @@ def watched(run_dir: Path, model: str | None = None) -> dict[str, Any]:
 
 
 def _told(run_dir: Path) -> Mapping[str, Any]:
-    import yaml
-
     file = run_dir / "settings.yaml"
-    told: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told: Any = read_yaml(file) if file.is_file() else {}
     return told if isinstance(told, Mapping) else {}
 
 

@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from inlay.core.errors import InlayError
+from inlay.train.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -246,10 +247,7 @@ def read_recipe(path: str | Path, cls: type[T]) -> T:
     path = Path(path)
     if not path.is_file():
         raise InlayError(f"there is no recipe {str(path)!r}")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
-        raise InlayError(f"{path} is no YAML: {e}") from e
+    found = read_yaml(path)
     try:
         return read_plain(found if found is not None else {}, cls)
     except InlayError as e:
