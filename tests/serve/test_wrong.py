@@ -309,3 +309,42 @@ def test_a_request_given_up_while_its_adapter_is_read_holds_nothing(root):
         wait(lambda: adapters.loaded == 1)
         wait(lambda: adapters.describe()[0]["requests"] == 0)
         assert served.batcher.jobs == 0
+
+
+# ---- fields that change nothing --------------------------------------------------------------------------------------
+def test_fields_that_change_nothing_are_taken(served):
+    """By their value, or since nothing here could be changed: clients send them by default, and get the same answer."""
+    from inlay.serve.wire import LABELS, NEUTRAL
+
+    with_values = [{k: v} for k, values in NEUTRAL.items() for v in values] + [{k: "x"} for k in LABELS]
+    with_values += [{"logprobs": False, "top_logprobs": 0}]
+    want = served.http("POST", "/v1/chat/completions", json=CHAT | {"temperature": 0}).json()["choices"]
+    for more in with_values:
+        got = served.http("POST", "/v1/chat/completions", json=CHAT | {"temperature": 0} | more)
+        assert got.status_code == 200 and got.json()["choices"] == want, (more, got.text)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"min_p": 0.1}, {"repetition_penalty": 1.1}, {"top_k": -2}, {"functions": [{}]}, {"tool_choice": "required"}),
+        *({"ignore_eos": True}, {"min_tokens": 1}, {"best_of": 2}, {"modalities": ["audio"]}, {"service_tier": "flex"}),
+        *(
+            {"use_beam_search": True},
+            {"skip_special_tokens": False},
+            {"add_generation_prompt": False},
+            {"min_p": False},
+        ),
+    ],
+    ids=str,
+)
+def test_the_same_fields_with_a_meaning_are_refused(served, more):
+    got = served.http("POST", "/v1/chat/completions", json=CHAT | more)
+    assert got.status_code == 400 and next(iter(more)) in got.text
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-38, 9e-5])
+def test_a_temperature_near_zero_is_greedy_and_hurts_nobody(served, temperature):
+    cold = served.http("POST", "/v1/completions", json=TEXT | {"temperature": temperature, "top_p": 0.5, "top_k": 3})
+    greedy = served.http("POST", "/v1/completions", json=TEXT | {"temperature": 0})
+    assert cold.status_code == 200 and cold.json()["choices"] == greedy.json()["choices"]

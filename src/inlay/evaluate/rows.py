@@ -18,6 +18,10 @@ from inlay.core.host import Host
 from inlay.core.route import Worn
 from inlay.evaluate.batches import context, room
 
+COLDEST = 1e-4
+"""Lowest temperature at which is sampled: below, the likeliest token has all the probability unless another is within
+0.001 nats of it, and logits divided by it may overflow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
@@ -28,7 +32,7 @@ class GenerateSettings:
     beams: int = 1
     """Beams of beam search (length penalty 1, as Hugging Face's default); 1: none."""
     temperature: float = 0.0
-    """Sampling temperature; 0: no sampling."""
+    """Sampling temperature; 0, and all below `COLDEST`: no sampling."""
     top_p: float = 1.0
     """Sample from the fewest tokens that hold this share of probability; 1: from all."""
     top_k: int = 0
@@ -53,6 +57,9 @@ class GenerateSettings:
                 raise InlayError(f"{name} {getattr(self, name)} is out of range: {_RANGES[name]}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise InlayError(f"stop must be a tuple of texts that are not empty, not {self.stop!r}")
+        if 0 < self.temperature < COLDEST:
+            for name, value in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0)):
+                object.__setattr__(self, name, value)
         if self.temperature and self.beams > 1:
             raise InlayError(f"beams {self.beams} with temperature {self.temperature}: beam search does not sample")
         if not self.temperature and (self.top_p < 1 or self.top_k):

@@ -1,6 +1,7 @@
 """OpenAI's JSON: what requests say, and how answers are written.
 
-Fields that would change an answer and are not implemented are refused, never ignored.
+Fields that would change an answer and are not implemented are refused, never ignored. Those that change nothing, by
+their value or because nothing here could be changed by them, are taken: clients send them by default.
 """
 
 from __future__ import annotations
@@ -16,6 +17,37 @@ from inlay.evaluate.rows import GenerateSettings
 
 Positive = Annotated[int, Field(ge=1)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)]
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "repetition_penalty": (1,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("auto",),
+    "top_k": (-1,),
+    "use_beam_search": (False,),
+}
+"""Values of fields, OpenAI's, vLLM's and others', that change no answer of this server (tools are refused)."""
+LABELS = ("safety_identifier", "prompt_cache_key")
+"""Texts that name something for the sender."""
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Return whether a field with this value changes nothing."""
+    same = any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in NEUTRAL.get(name, ()))
+    return same or (name in LABELS and isinstance(value, str))
 
 
 class Body(BaseModel):
@@ -54,8 +86,11 @@ class Asked(Body):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """OpenAI lets optional fields be null."""
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+        """OpenAI lets optional fields be null; `best_of` and the like keep their own rules where they are known."""
+        if not isinstance(data, dict):
+            return data
+        obeyed = {n for n in cls.model_fields if n not in ("top_k", "tool_choice")}
+        return {k: v for k, v in data.items() if v is not None and (k in obeyed or not is_neutral(k, v))}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -151,7 +186,7 @@ class ChatRequest(Asked):
 
     @model_validator(mode="after")
     def _served(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
