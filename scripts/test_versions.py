@@ -181,7 +181,18 @@ def run_tests(python: Path, folder: Path, options: argparse.Namespace) -> dict[s
     """Run pytest and count."""
     report = folder / "report.xml"
     tests = options.tests or [t for t in CONTRACT if (ROOT / t).exists()]
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", f"--junitxml={report}"]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        "--tb=short",
+        "--continue-on-collection-errors",
+        f"--junitxml={report}",
+    ]
     command += ["-n", str(options.jobs)] if options.jobs > 1 else []
     command += [] if options.tests else ["-k", " and ".join(f"not {family}" for family in LEFT_OUT)]
     log = VENVS / f"{folder.name}.log"
