@@ -13,7 +13,8 @@ from inlay.core.errors import InlayError
 from inlay.engine.cache import Cache, dropped, file, files, lowest
 from inlay.train import fit
 from inlay.train.ways import Packed
-from tests.engine.test_packed import ROWS, gradients
+from tests.engine.exactness import gradients
+from tests.engine.test_packed import ROWS
 from tests.laws.zoo import base, excite, small
 from tests.train.tiny import Row, copy, rows, same, settings, wearing
 

@@ -11,8 +11,9 @@ import torch
 import inlay
 from inlay.engine.fused import fused_linears
 from inlay.train.ways import Packed
+from tests.engine.exactness import assert_as_exact, exact_gradients, gradients
 from tests.engine.graph import nodes
-from tests.engine.test_packed import ROWS, gradients
+from tests.engine.test_packed import ROWS
 from tests.laws.zoo import base, dressed, excite, small
 
 
@@ -34,9 +35,8 @@ def test_fused_is_unfused(family, name):
     host = dressed(family)
     want, plain = gradients(host, name, Unfused(host, 0, 14), ROWS)
     got, fused = gradients(host, name, Packed(host, 0, 14), ROWS)
-    assert got == pytest.approx(want, rel=1e-6) and plain.keys() == fused.keys()
-    for key, g in plain.items():
-        torch.testing.assert_close(fused[key], g, rtol=1e-4, atol=1e-6 + 1e-5 * float(g.abs().max()))
+    assert got == pytest.approx(want, rel=1e-6)
+    assert_as_exact(fused, plain, exact_gradients(family, name, ROWS)[1])
 
 
 def count_nodes(loss: torch.Tensor, name: str) -> int:

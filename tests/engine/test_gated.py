@@ -10,7 +10,8 @@ import torch
 
 import inlay
 from inlay.train.ways import Packed
-from tests.engine.test_packed import ROWS, gradients
+from tests.engine.exactness import assert_as_exact, exact_gradients, gradients
+from tests.engine.test_packed import ROWS
 from tests.laws.zoo import base, dressed, excite, small
 
 
@@ -26,9 +27,8 @@ def test_made_again_is_kept(family, name):
     host = dressed(family)
     want, plain = found(host, name, False)
     got, again = found(host, name, True)
-    assert got == pytest.approx(want, rel=1e-6) and plain.keys() == again.keys()
-    for key, g in plain.items():
-        torch.testing.assert_close(again[key], g, rtol=1e-4, atol=1e-6 + 1e-5 * float(g.abs().max()))
+    assert got == pytest.approx(want, rel=1e-6)
+    assert_as_exact(again, plain, exact_gradients(family, name, ROWS)[1])
 
 
 def test_what_a_block_keeps(monkeypatch):

@@ -9,7 +9,8 @@ import inlay
 from inlay.engine import last
 from inlay.engine.example import learned
 from inlay.train.ways import Packed, choose
-from tests.engine.test_packed import ROWS, gradients
+from tests.engine.exactness import assert_as_exact, exact_gradients, gradients
+from tests.engine.test_packed import ROWS
 from tests.laws.zoo import FAMILIES, base, dressed, excite, methods, small
 from tests.train.tiny import settings
 
@@ -25,9 +26,7 @@ def test_rows_that_are_not_read_are_not_missed(family):
             found.append(gradients(host, name, way, ROWS))
         (want, plain), (got, narrowed) = found
         assert got == pytest.approx(want, rel=1e-5), name
-        for key, g in plain.items():
-            near = 2e-5 * float(g.abs().max()) + 1e-6
-            torch.testing.assert_close(narrowed[key], g, rtol=1e-3, atol=near, msg=lambda m, k=key: f"{name} {k}: {m}")  # noqa: B023
+        assert_as_exact(narrowed, plain, exact_gradients(family, name, ROWS)[1], name)
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj", "opt", "gpt2"])

@@ -17,8 +17,9 @@ from inlay.compat.transformers import RMS_NORM_BODY, ROTARY, ROTARY_BODIES
 from inlay.engine import fused, norm, rotary
 from inlay.engine.steady import Steady, mapped
 from inlay.train.ways import Packed, Plain
+from tests.engine.exactness import assert_as_exact, exact_gradients, gradients
 from tests.engine.test_fused import count_nodes
-from tests.engine.test_packed import gradients, rows
+from tests.engine.test_packed import rows
 from tests.laws.zoo import base, dressed, excite, small
 
 LONG = rows(30, 40, 34, 26, 20)
@@ -34,12 +35,6 @@ def without(*names: str):
         for name in names:
             stack.enter_context(patch(f"inlay.engine.engaged.{name}", nothing))
         yield
-
-
-def alike(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for key, g in want.items():
-        torch.testing.assert_close(got[key], g, rtol=1e-4, atol=1e-6 + 1e-5 * float(g.abs().max()), msg=key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -96,7 +91,7 @@ def test_nodes_change_nothing(family):
     before = vars(modeling_llama)[ROTARY]
     got, found = gradients(host, "lora", Packed(host, 0, 14), LONG)
     assert got == pytest.approx(want, rel=1e-6) and vars(modeling_llama)[ROTARY] is before
-    alike(found, plain)
+    assert_as_exact(found, plain, exact_gradients(family, "lora", LONG)[1])
 
 
 def test_a_llama_meets_them():
@@ -123,9 +118,7 @@ def test_mapped_weights_change_nothing(family, name):
         got, found = gradients(host, name, Packed(host, 0, 75), LONG)
     assert got == pytest.approx(want, rel=1e-5)
     assert 0 < len(made) <= len(host.by_place(name)), (len(made), len(host.by_place(name)))
-    assert found.keys() == plain.keys()
-    for key, g in plain.items():
-        torch.testing.assert_close(found[key], g, rtol=1e-3, atol=2e-5 * float(g.abs().max()) + 1e-5, msg=key)
+    assert_as_exact(found, plain, exact_gradients(family, name, LONG)[1])
 
 
 @pytest.mark.parametrize("name", ["road1", "dora"])

@@ -17,6 +17,7 @@ from inlay.engine.linear import FrozenLinear, fast_linears
 from inlay.engine.loss import linear_cross_entropy
 from inlay.engine.pack import pack, packs
 from inlay.train.ways import Packed, Plain, choose
+from tests.engine.exactness import assert_as_exact, exact_gradients, gradients
 from tests.laws.zoo import FAMILIES, GQA, base, dressed, excite, methods, small
 from tests.train.tiny import settings
 
@@ -41,32 +42,15 @@ def rows(*lengths: int, seed: int = 0) -> list[Row]:
 ROWS = rows(5, 9, 7, 3)
 
 
-def gradients(host, name, way, budget_rows) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss of a step over several forwards, and the gradient of every tensor."""
-    total = 0.0
-    with host.using(name), way.active():
-        for part in way.split(budget_rows):
-            loss = way.loss(part)
-            loss.backward()
-            total += loss.item()
-    found = {}
-    for key, t in host.tensors(name).items():
-        if t.grad is not None:
-            found[key], t.grad = t.grad, None
-    return total, found
-
-
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "falcon-rw"])
 def test_losses_and_gradients_are_the_plain_ones(family):
     host = dressed(family)
     for name in methods(family):
         want, plain = gradients(host, name, Plain(host, 0, 2), ROWS)
         got, packed = gradients(host, name, Packed(host, 0, 14), ROWS)
-        assert got == pytest.approx(want, rel=1e-5), name
-        assert plain.keys() == packed.keys()
-        for key, g in plain.items():
-            near = 2e-5 * float(g.abs().max()) + 1e-5
-            torch.testing.assert_close(packed[key], g, rtol=1e-3, atol=near, msg=lambda m, k=key: f"{name} {k}: {m}")  # noqa: B023
+        loss, exact = exact_gradients(family, name, ROWS)
+        assert got == pytest.approx(want, rel=1e-5) and got == pytest.approx(loss, rel=1e-5), name
+        assert_as_exact(packed, plain, exact, name)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gptj", "gpt2", "opt", "olmoe"])

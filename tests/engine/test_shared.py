@@ -15,7 +15,8 @@ from inlay.engine.example import IGNORED
 from inlay.engine.pack import packs, takes_positions
 from inlay.engine.trainer import packed_forward
 from inlay.train.ways import Packed, Plain, choose
-from tests.engine.test_packed import Row, gradients
+from tests.engine.exactness import assert_as_exact, exact_gradients, gradients
+from tests.engine.test_packed import Row
 from tests.laws.zoo import FAMILIES, base, dressed, excite, methods, small
 from tests.train.tiny import settings
 
@@ -95,12 +96,7 @@ def test_losses_and_gradients_are_the_plain_ones(family):
         for budget in (200, 26):
             got, packed = gradients(host, name, Packed(host, 0, budget), ROWS)
             assert got == pytest.approx(want, rel=1e-5), name
-            assert plain.keys() == packed.keys()
-            for key, g in plain.items():
-                near = 2e-5 * float(g.abs().max()) + 1e-5
-                torch.testing.assert_close(
-                    packed[key], g, rtol=1e-3, atol=near, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"
-                )
+            assert_as_exact(packed, plain, exact_gradients(family, name, ROWS)[1], name)
 
 
 def computed(way: Packed, examples) -> list[int]:

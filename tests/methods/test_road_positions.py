@@ -104,8 +104,8 @@ def test_R23_nothing_is_turned_while_decoding():
 
 def test_R23_training_packed_or_padded_turns_what_generation_turns():
     from inlay.train.ways import Packed, Plain
+    from tests.engine.exactness import gradients as of
     from tests.engine.test_packed import Row
-    from tests.engine.test_packed import gradients as of
 
     host = last(0)
     ids = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16]]
