@@ -37,7 +37,7 @@ class Range:
 
 TESTED = (
     Range("torch", "2.6", "2.15.0", required=True),
-    Range("transformers", "5.0", "5.24.0", required=True),
+    Range("transformers", "5.2", "5.24.0", required=True),
     Range("numpy", "2.0", "2.5.5", required=True),
     Range("accelerate", "1.4", "1.15.0"),
     Range("peft", "0.18", "0.21.2"),
