@@ -5,6 +5,7 @@ Adapters hang in the last blocks, so that a step costs a forward and the end of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -134,8 +135,8 @@ def test_killed_and_resumed_it_ends_bit_for_bit_where_it_would_have(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 3 <= max(checkpoint.steps(run)) < 8
-    assert command(*flags, str(run), "--resume").wait() == 0
-    assert command(*flags, str(whole)).wait() == 0
+    assert command(*flags, str(run), "--resume").wait(600) == 0
+    assert command(*flags, str(whole)).wait(600) == 0
     ours, theirs = adapter(run), adapter(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
@@ -151,11 +152,10 @@ def test_a_server_process_answers_with_base_and_adapter(trained, host, loaded):
     try:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and process.poll() is None:
-            try:
+            with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/ready").status_code == 200:
                     break
-            except httpx.TransportError:
-                time.sleep(0.2)
+            time.sleep(0.2)
         models = [m["id"] for m in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
         asked = {"prompt": "37 + 25 =", "max_tokens": 5, "temperature": 0}
         for name in models:
